@@ -1,0 +1,33 @@
+# make quick    train MHA and MLA on Shakespeare and compare them
+# make test     run the tests
+# make assets   draw the pictures in assets/ (comparison.png from the last make quick)
+
+SHELL := /bin/bash
+PYTHON := $(shell for p in python3 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+RUN := .venv/bin/python
+
+.PHONY: quick test assets clean
+
+quick: .venv/installed data/shakespeare_char/meta.pkl
+	$(RUN) test_shakespeare_quick.py
+
+test: .venv/installed
+	$(RUN) -m pytest -q
+
+assets: .venv/installed
+	$(RUN) assets/draw_mla_diagram.py
+	test -f out_shakespeare_quick/comparison.png || $(MAKE) quick
+	cp out_shakespeare_quick/comparison.png assets/
+
+data/shakespeare_char/meta.pkl: | .venv/installed
+	$(RUN) data/shakespeare_char/prepare.py
+
+.venv/installed: requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed, $$(python3 --version 2>&1) is what there is: install one, or name it with make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv out_shakespeare_quick

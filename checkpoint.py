@@ -1,0 +1,132 @@
+"""
+Checkpoints: nanoGPT's dictionary plus model_type and tokenizer, so that a nanoGPT ckpt.pt loads here and a GPT's loads
+in nanoGPT. Only plain data and tensors are ever loaded (weights_only), never code.
+
+No random generator's state is stored: train.py seeds torch anew for every micro-batch from (seed, its number).
+"""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from configurator import UserError, build
+from data.tokenizer import dataset_tokenizer
+from dataset import DATA
+from model import GPT, GPTConfig
+from model_mla import GPT_MLA
+
+MODELS = {cls.model_type: cls for cls in (GPT, GPT_MLA)}
+
+
+def checkpoint_path(out_dir, model_type):
+    return Path(out_dir) / ('ckpt.pt' if model_type == 'gpt' else f'ckpt_{model_type}.pt')
+
+
+def save_checkpoint(path, model, optimizer, scaler, iter_num, best_val_loss, config, tokenizer):
+    """Write the whole state of a run. The file at path is either the old one or the new one, never half of it."""
+    added = {'gelu': GPTConfig.gelu}  # nanoGPT has no such key, so it is written only where it says something
+    checkpoint = {
+        'model': model.state_dict(),
+        'optimizer': optimizer.state_dict(),
+        'scaler': scaler.state_dict(),
+        'model_args': {k: v for k, v in asdict(model.config).items() if k not in added or v != added[k]},
+        'iter_num': iter_num,
+        'best_val_loss': best_val_loss,
+        'config': asdict(config),
+        'model_type': model.model_type,
+        'tokenizer': tokenizer,
+    }
+    partial = f'{path}.partial'
+    with open(partial, 'wb') as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def read_checkpoint(path, device='cpu'):
+    """The dictionary in the file at path, its tensors on device. Raises UserError if there is none, or none to trust."""
+    if not Path(path).is_file():
+        raise UserError(f'there is no checkpoint {path}: train one first, or give another out_dir')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+            raise ValueError('it lacks model and model_args')
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # a damaged file can raise nearly anything
+        reason = str(e).strip().split('\n')[0][:120]
+        raise UserError(f'checkpoint {path} cannot be read, it is damaged or none of this project\'s: '
+                        f'{type(e).__name__}: {reason}') from None
+    prefix = '_orig_mod.'  # left in the names by torch.compile in old nanoGPT checkpoints
+    checkpoint['model'] = {k.removeprefix(prefix): v for k, v in checkpoint['model'].items()
+                           if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
+    return checkpoint
+
+
+def build_model(checkpoint, path, **overrides):
+    """The model that a checkpoint holds, of the class that its model_type names (a GPT where it names none). overrides
+    are model settings that do not change the weights' shapes."""
+    name = checkpoint.get('model_type', 'gpt')
+    if name not in MODELS:
+        raise UserError(f"checkpoint {path} has model_type {name!r}; known are {', '.join(MODELS)}")
+    try:
+        model = MODELS[name](build(MODELS[name].config_class, {**checkpoint['model_args'], **overrides}))
+        model.load_state_dict(checkpoint['model'])
+    except (TypeError, RuntimeError) as e:
+        reason = ' '.join(str(e).split())[:200]
+        raise UserError(f'the weights in checkpoint {path} do not fit its model_args: {reason}') from None
+    return model
+
+
+def checkpoint_tokenizer(checkpoint, path):
+    """What tokenized the text a checkpoint was trained on. One of nanoGPT's does not say, so its data must be there."""
+    if 'tokenizer' in checkpoint:
+        return checkpoint['tokenizer']
+    tokenizer = dataset_tokenizer(DATA / checkpoint.get('config', {}).get('dataset', ''))
+    if tokenizer == 'gpt2' and checkpoint['model_args']['vocab_size'] < 50257:
+        raise UserError(f'checkpoint {path} carries no tokenizer and the meta.pkl of its dataset is missing: prepare '
+                        'that data first')
+    return tokenizer
+
+
+def from_pretrained(model_class, name, **overrides):
+    """model_class.from_pretrained, with what is wrong as a UserError."""
+    try:
+        return model_class.from_pretrained(name, overrides)
+    except ImportError:
+        raise UserError(f'{name} is read with transformers, which is not installed: pip install -r requirements.txt'
+                        ) from None
+    except (OSError, ValueError, RuntimeError, AttributeError) as e:
+        raise UserError(f'{name} cannot be loaded: {" ".join(str(e).split())[:250]}') from None
+
+
+def load_model(source, device='cpu', model_type=None):
+    """A trained model in eval mode on device, and what tokenizes its text ('gpt2' or a list of characters).
+
+    source is a checkpoint, an out_dir (its only checkpoint, or the one of model_type), the directory of a Hugging Face
+    GPT-2, or a name such as 'gpt2'.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / 'config.json').exists():
+        found = [p for p in (checkpoint_path(path, name) for name in MODELS) if p.exists()]
+        wanted = checkpoint_path(path, model_type or 'gpt')
+        if len(found) > 1 and wanted not in found:
+            raise UserError(f"{path} has several checkpoints: give one of {', '.join(map(str, found))}")
+        path = found[0] if len(found) == 1 else wanted
+    if str(source).startswith('gpt2') and not path.exists() or path.is_dir():
+        model, tokenizer = from_pretrained(MODELS[model_type or 'gpt'], str(source)), 'gpt2'
+    else:
+        checkpoint = read_checkpoint(path)
+        model, tokenizer = build_model(checkpoint, path), checkpoint_tokenizer(checkpoint, path)
+    return model.to(device).eval(), tokenizer
+
+
+def describe(model):
+    """One line: class, size and number of parameters."""
+    c = model.config
+    latent = f', latent {c.n_latent}' if hasattr(c, 'n_latent') else ''
+    return (f'{type(model).__name__}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide{latent}, '
+            f'context {c.block_size}, {model.get_num_params(non_embedding=False) / 1e6:.2f} M parameters')

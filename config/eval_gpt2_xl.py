@@ -1,0 +1,7 @@
+# Evaluate the published weights of gpt2-xl (48 layers, 25 heads, 1600 wide: 1558M parameters) on a dataset.
+
+init_from = 'gpt2-xl'
+eval_only = True
+eval_iters = 500  # many, for a good estimate
+batch_size = 8
+wandb_log = False

@@ -1,0 +1,24 @@
+"""Tiny Shakespeare in GPT-2's byte-pair encoding: train.bin and val.bin (uint16, split 90/10), as nanoGPT has them.
+The canonical text gives 301,966 and 36,059 tokens."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from configurator import run
+from data.tiny_shakespeare import load_text
+from data.tokenizer import gpt2_encoding
+from dataset import write_splits
+
+
+def main():
+    text = load_text(HERE)
+    n = int(len(text) * 0.9)
+    encode = gpt2_encoding().encode_ordinary
+    write_splits(HERE, encode(text[:n]), encode(text[n:]))
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,27 @@
+"""Tiny Shakespeare by characters: train.bin, val.bin (uint16, split 90/10) and meta.pkl, as nanoGPT has them."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from configurator import UserError, run
+from data.tiny_shakespeare import load_text
+from data.tokenizer import make_tokenizer
+from dataset import write_splits
+
+
+def main():
+    text = load_text(HERE)
+    chars = sorted(set(text))
+    if len(chars) > 2 ** 16:
+        raise UserError(f'{HERE / "input.txt"} has {len(chars):,} different characters, uint16 holds 65,536')
+    print(f'characters {len(text):,}, {len(chars)} different')
+    encode = make_tokenizer(chars).encode
+    n = int(len(text) * 0.9)
+    write_splits(HERE, encode(text[:n]), encode(text[n:]), chars)
+
+
+if __name__ == '__main__':
+    run(main)

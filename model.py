@@ -1,0 +1,258 @@
+"""
+GPT-2 with multi-head attention (MHA), the whole model in this file.
+
+model_mla.py replaces the attention and nothing else. Parameter names, initialisation and call signatures are
+nanoGPT's (https://github.com/karpathy/nanoGPT), so checkpoints travel both ways.
+
+References
+    GPT-2        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
+    attention    Vaswani et al. 2017, "Attention Is All You Need", eq. 1
+    FLOP count   Chowdhery et al. 2022, "PaLM", appendix B
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64, which is faster
+    n_layer: int = 12  # number of transformer blocks
+    n_head: int = 12  # attention heads per block; must divide n_embd
+    n_embd: int = 768  # width of the residual stream
+    dropout: float = 0.0  # 0 for pretraining, 0.1 or more for finetuning
+    bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has; False is a bit better and faster
+    gelu: Literal['none', 'tanh'] = 'none'  # how GELU is approximated: 'none' as in nanoGPT, 'tanh' for GPT-2's weights
+
+    def __post_init__(self):
+        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, key) < 1:
+                raise ValueError(f'{key}={getattr(self, key)} must be at least 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
+                             f'make n_embd a multiple of {self.n_head} or choose another n_head')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout} must be at least 0 and below 1')
+
+
+class LayerNorm(nn.Module):
+    """Layer norm whose bias is optional and whose parameter names are nanoGPT's."""
+
+    def __init__(self, ndim, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+def split_heads(x, n_head):
+    """(B, T, n_embd) -> (B, n_head, T, head_dim)"""
+    B, T, n_embd = x.shape
+    return x.view(B, T, n_head, n_embd // n_head).transpose(1, 2)
+
+
+def attend(q, k, v, dropout_p=0.0):
+    """Causal softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, eq. 1) in one fused kernel.
+
+    q, k, v are (B, n_head, T, head_dim); returns the heads side by side, (B, T, n_embd).
+    """
+    B, n_head, T, head_dim = q.shape
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    return y.transpose(1, 2).reshape(B, T, n_head * head_dim)
+
+
+def weights_into_heads(linear, n_head):
+    """The weight of a Linear whose outputs are the heads side by side, as maps of row vectors: x @ W[h] is what head h
+    gets. (n_head, n_in, head_dim)"""
+    return linear.weight.unflatten(0, (n_head, -1)).transpose(1, 2)
+
+
+def weights_out_of_heads(linear, n_head):
+    """The weight of a Linear whose inputs are the heads side by side, as maps of row vectors (n_head, head_dim, n_out)."""
+    return linear.weight.T.unflatten(0, (n_head, -1))
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention: every head has keys and values of its own, read from the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
+        self.n_head = config.n_head
+        self.cache_width = 2 * config.n_embd  # numbers to remember per token in decoding: a key and a value
+
+    def heads(self, x):
+        """x (B, T, n_embd) -> q, k, v, each (B, n_head, T, head_dim)"""
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # each (B, T, n_embd)
+        return split_heads(q, self.n_head), split_heads(k, self.n_head), split_heads(v, self.n_head)
+
+    def forward(self, x):
+        y = attend(*self.heads(x), self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y))  # (B, T, n_embd)
+
+    def head_weights(self):
+        """W_Q, W_K, W_V (n_head, n_embd, head_dim) and W_O (n_head, head_dim, n_embd), acting on row vectors."""
+        W_Q, W_K, W_V = weights_into_heads(self.c_attn, 3 * self.n_head).chunk(3)
+        return W_Q, W_K, W_V, weights_out_of_heads(self.c_proj, self.n_head)
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.gelu = config.gelu
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config, attention_class):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = attention_class(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+# Dense bf16 peaks in FLOP/s from the vendor's data sheets; the first key that occurs in the device's name counts.
+PEAK_FLOPS = {'GB200': 2500e12, 'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12,
+              'H100': 989e12, 'A100': 312e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
+
+class GPT(nn.Module):
+    model_type = 'gpt'
+    config_class = GPTConfig
+    attention_class = CausalSelfAttention
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config, self.attention_class) for _ in range(config.n_layer)]),
+            ln_f=LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied, as in GPT-2
+
+        self.apply(self._init_weights)
+        # what writes to the residual stream starts smaller, so that the stream's size does not grow with depth
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters; position embeddings do not count, token embeddings do, since the unembedding is the
+        same matrix. With non_embedding=False all of them count."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) token ids, targets (B, T) the next ones, -1 where none is to be learned.
+
+        Returns logits and loss: (B, T, vocab_size) and the mean cross-entropy in nats with targets; without, the
+        logits of the last position alone, (B, 1, vocab_size), and None.
+        """
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f'a sequence of {T} tokens does not fit into block_size={self.config.block_size}')
+        pos = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, n_embd)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1]]), None  # the list keeps the time dimension
+        logits = self.lm_head(x)  # (B, T, vocab_size)
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    def crop_block_size(self, block_size):
+        """Forget the positions from block_size on, for instance to finetune GPT-2 with a shorter context."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f'block_size={block_size} must lie between 1 and the model\'s {self.config.block_size}')
+        self.config.block_size = block_size
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+        wpe.num_embeddings = block_size
+
+    @classmethod
+    def from_pretrained(cls, source, override_args=None):
+        """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a directory that
+        transformers' GPT2LMHeadModel.save_pretrained wrote. Only dropout can be overridden.
+
+        Raises ValueError for a model class whose attention those weights do not fit, OSError where they cannot
+        be read.
+        """
+        if cls.attention_class is not CausalSelfAttention:
+            raise ValueError(f'{source} has the weights of multi-head attention, which {cls.__name__} lacks: '
+                             'train.py takes them')
+        from transformers import GPT2LMHeadModel
+        hf = GPT2LMHeadModel.from_pretrained(source)
+        c = hf.config
+        gelu = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}.get(c.activation_function)
+        if gelu is None or c.scale_attn_by_inverse_layer_idx or c.layer_norm_epsilon != 1e-5:
+            raise ValueError(f'{source} is a variant of GPT-2 that model.py does not compute: it needs a GELU, layer '
+                             'norms with epsilon 1e-5 and attention scaled by head_dim alone')
+        model = cls(cls.config_class(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer,
+                                     n_head=c.n_head, n_embd=c.n_embd, bias=True, gelu=gelu, **(override_args or {})))
+        # GPT-2's Conv1D keeps its weights the other way round than Linear
+        transposed = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+        masks = ('.attn.bias', '.attn.masked_bias')  # buffers in weights that old versions wrote
+        model.load_state_dict({k: v.t() if k.endswith(transposed) else v
+                               for k, v in hf.state_dict().items() if not k.endswith(masks)})
+        return model
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW, fused where torch has it for this device. Matrices and embeddings decay, biases and norms do not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+        fused = device_type in ('cuda', 'cpu', 'mps') and 'fused' in inspect.signature(torch.optim.AdamW).parameters
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak=None):
+        """Model FLOPs utilisation, between 0 and 1: FLOP/s achieved over the device's peak.
+
+        fwdbwd_per_iter sequences of block_size tokens went forward and backward in dt seconds. peak is in FLOP/s
+        (default: the published bf16 peak of the device that holds the model); None if that is not known.
+        FLOPs per token are 6 N + 12 L H Q T (PaLM, appendix B).
+        """
+        if peak is None:
+            device = next(self.parameters()).device
+            name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+            peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+            if peak is None:
+                return None
+        c = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / peak

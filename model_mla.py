@@ -1,0 +1,77 @@
+"""
+GPT-2 with multi-latent attention (MLA): keys and values of all heads are read from one small latent per token.
+
+    MHA                              MLA
+    k = W_K x,  v = W_V x            c = W_E x,  k = W_K c,  v = W_V c
+
+The queries still read the residual stream x (B, T, n_embd); c is (B, T, n_latent). All else is model.py. In decoding
+only c has to be remembered: n_latent numbers per token and layer instead of 2 n_embd.
+
+Reference: DeepSeek-AI 2024, "DeepSeek-V2", eq. 9-11 (without its rotary keys and its compressed queries: positions
+are GPT-2's learned ones here, so that the attention is all that differs).
+"""
+
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from model import GPT, GPTConfig, attend, split_heads, weights_into_heads, weights_out_of_heads
+
+
+@dataclass
+class MLAConfig(GPTConfig):
+    n_latent: int | None = None  # width of the latent that keys and values share; None: n_embd // 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_latent is None:
+            self.n_latent = max(1, self.n_embd // 2)
+        if self.n_latent < 1:
+            raise ValueError(f'n_latent={self.n_latent} must be at least 1, or None for n_embd // 2')
+
+
+class MultiLatentAttention(nn.Module):
+    """Attention whose keys and values are linear maps of one latent per token, shared by all heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        # no bias: the biases of key and value already stand for W_K b and W_V b
+        self.latent_enc = nn.Linear(config.n_embd, config.n_latent, bias=False)
+        self.query = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.key = nn.Linear(config.n_latent, config.n_embd, bias=config.bias)
+        self.value = nn.Linear(config.n_latent, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
+        self.n_head = config.n_head
+        self.cache_width = config.n_latent  # numbers to remember per token in decoding: the latent
+
+    def heads(self, x):
+        """x (B, T, n_embd) -> q, k, v, each (B, n_head, T, head_dim)"""
+        c = self.latent_enc(x)  # (B, T, n_latent)
+        return (split_heads(self.query(x), self.n_head), split_heads(self.key(c), self.n_head),
+                split_heads(self.value(c), self.n_head))
+
+    def forward(self, x):
+        y = attend(*self.heads(x), self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y))  # (B, T, n_embd)
+
+    def head_weights(self):
+        """W_Q, W_K, W_V (n_head, n_embd, head_dim) and W_O (n_head, head_dim, n_embd), acting on row vectors, with the
+        latent multiplied out: W_K and W_V have rank n_latent at most, over all heads together."""
+        W_E = self.latent_enc.weight.T  # (n_embd, n_latent)
+        return (weights_into_heads(self.query, self.n_head), W_E @ weights_into_heads(self.key, self.n_head),
+                W_E @ weights_into_heads(self.value, self.n_head), weights_out_of_heads(self.c_proj, self.n_head))
+
+
+class GPT_MLA(GPT):
+    model_type = 'mla'
+    config_class = MLAConfig
+    attention_class = MultiLatentAttention
+
+    def _init_weights(self, module):
+        """MHA's k and v have weights of standard deviation 0.02. The product of two matrices has it too if the first
+        has n_latent**-0.5; with 0.02 in both, the comparison would be one of initialisations."""
+        super()._init_weights(module)
+        if isinstance(module, MultiLatentAttention):
+            nn.init.normal_(module.latent_enc.weight, mean=0.0, std=module.latent_enc.out_features ** -0.5)

@@ -1,0 +1,153 @@
+"""
+The comparison: train the same GPT-2 with multi-head attention (MHA) and with multi-latent attention (MLA) on the same
+Shakespeare, in the same order, and show side by side what changed.
+
+    python test_shakespeare_quick.py                    about three minutes on a laptop's CPU
+    python test_shakespeare_quick.py --max_iters=200    every key of the trainer can be given
+
+Despite its name this is a program and no test. It writes results.json, comparison.png, samples.txt and both checkpoints
+to out_dir.
+"""
+
+import json
+import os
+import platform
+import sys
+import textwrap
+from contextlib import nullcontext
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from checkpoint import checkpoint_path
+from configurator import UserError, configure, run
+from data.tokenizer import make_tokenizer
+from dataset import open_data
+from device import pick_dtype
+from generate import generate
+from model import GPT
+from model_mla import GPT_MLA, MLAConfig
+from train import TrainConfig, plot_losses, train
+
+MODELS = {'mha': GPT, 'mla': GPT_MLA}
+SAME = dict(out_dir='out_shakespeare_quick', dataset='shakespeare_char', gradient_accumulation_steps=1, eval_interval=200,
+            log_interval=20, learning_rate=1e-3, min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000,
+            bias=False)
+ON_CPU = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, eval_iters=50)
+ON_GPU = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, eval_iters=50)
+PROMPT, SAMPLE_CHARS = '\n', 300
+
+
+@torch.no_grad()
+def split_loss(model, tokens, autocast=nullcontext(), batch_size=64):
+    """Mean loss in nats over a whole split: every token but the first is predicted once, from windows of block_size that
+    do not overlap."""
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    total = 0.0
+    starts = range(0, len(tokens) - 1, block_size)
+    whole = [i for i in starts if i + block_size < len(tokens)]
+    groups = [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)]
+    if len(whole) < len(starts):
+        groups.append([starts[-1]])  # the shorter one at the end
+    for group in tqdm(groups, desc='whole val split', leave=False, disable=not sys.stderr.isatty()):
+        windows = np.stack([tokens[i:i + block_size + 1] for i in group]).astype(np.int64)  # (B, T + 1)
+        windows = torch.from_numpy(windows).to(device)
+        with autocast:
+            total += model(windows[:, :-1], windows[:, 1:])[1].double() * windows[:, 1:].numel()
+    return (total / (len(tokens) - 1)).item()
+
+
+def measure(result, data, config):
+    """The figures of one trained model, as results.json has them."""
+    model, device = result.model.eval(), result.device
+    dtype = pick_dtype(config.dtype, device.type)
+    autocast = nullcontext() if dtype == torch.float32 else torch.amp.autocast(device.type, dtype)
+    attentions = [block.attn for block in model.transformer.h]
+    tokenizer = make_tokenizer(result.tokenizer)
+    torch.manual_seed(config.seed)
+    prompt = torch.tensor([tokenizer.encode(PROMPT)], device=device)
+    with autocast:
+        ids = generate(model, prompt, SAMPLE_CHARS, tokenizer.n_vocab, temperature=0.8, top_k=200)
+    return {
+        'params': model.get_num_params(non_embedding=False),
+        'attention_params': sum(p.numel() for attention in attentions for p in attention.parameters()),
+        'train_loss': result.history[-1]['train_loss'],
+        'val_loss': split_loss(model, data.val, autocast),
+        'ms_per_iter': result.ms_per_iter,
+        'tokens_per_second': result.tokens_per_second,
+        'cache_bytes_per_token': sum(a.cache_width for a in attentions) * model.lm_head.weight.element_size(),
+        'sample': tokenizer.decode(ids[0].tolist())[len(PROMPT):][:SAMPLE_CHARS],
+    }
+
+
+def print_table(results):
+    mha, mla = results['mha'], results['mla']
+    rows = [('parameters', 'params', '{:,}'), ('in attention', 'attention_params', '{:,}'),
+            ('train loss, nats', 'train_loss', '{:.4f}'), ('val loss, nats', 'val_loss', '{:.4f}'),
+            ('ms per iteration', 'ms_per_iter', '{:.1f}'), ('tokens per second', 'tokens_per_second', '{:,.0f}'),
+            ('cache bytes per token', 'cache_bytes_per_token', '{:,}')]
+    print(f"\n{'':<22}{'MHA':>12}{'MLA':>12}{'MLA / MHA':>12}")
+    for title, key, form in rows:
+        print(f'{title:<22}{form.format(mha[key]):>12}{form.format(mla[key]):>12}{mla[key] / mha[key]:>12.3f}')
+
+
+def samples_text(results):
+    return '\n\n'.join(f"{name.upper()}, {SAMPLE_CHARS} characters at temperature 0.8\n"
+                       f"{textwrap.indent(results[name]['sample'].strip(), '    ')}" for name in MODELS) + '\n'
+
+
+def draw_comparison(histories, results, settings, path):
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    ax = figure.subplots()
+    for name, color in zip(MODELS, ('C0', 'C1')):
+        plot_losses(ax, histories[name], name.upper(), color)
+    gap = results['mla']['val_loss'] / results['mha']['val_loss'] - 1
+    ax.set_ylim(top=min(ax.get_ylim()[1], 3.0))
+    ax.set_title(f"MHA and MLA on Shakespeare, same data in the same order (faint: the batches' own loss)\n"
+                 f"{settings['n_layer']} layers, {settings['n_embd']} wide, latent {settings['n_latent']}; "
+                 f"whole val split: MHA {results['mha']['val_loss']:.4f}, MLA {results['mla']['val_loss']:.4f} "
+                 f'({gap:+.1%})', fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    size = ON_GPU if torch.cuda.is_available() and '--device=cpu' not in sys.argv else ON_CPU
+    config, model_args = configure(sys.argv[1:], TrainConfig, MLAConfig, **SAME, **size)
+    model_keys = {f.name for f in fields(MLAConfig)}
+    model_args = {k: v for k, v in (SAME | size).items() if k in model_keys} | model_args
+    if config.lr_decay_iters == TrainConfig.lr_decay_iters:
+        config = replace(config, lr_decay_iters=config.max_iters)
+    if config.init_from != 'scratch' or config.eval_only or config.max_iters < 1 or 'RANK' in os.environ:
+        raise UserError(f'init_from={config.init_from}, eval_only={config.eval_only}, max_iters={config.max_iters}: the '
+                        'comparison trains both models from scratch, for at least 1 iteration, in one process')
+    out_dir = Path(config.out_dir)
+    data = open_data(config.dataset)
+    make_tokenizer(data.tokenizer).encode(PROMPT)  # fails now rather than after the training if it must
+
+    results, histories = {}, {}
+    for name, model_class in MODELS.items():
+        print(f'\n{name.upper()}')
+        run_config = replace(config, out_dir=str(out_dir / name))
+        result = train(model_class, run_config, {k: v for k, v in model_args.items() if k != 'n_latent' or name == 'mla'})
+        histories[name], results[name] = result.history, measure(result, data, config)
+        checkpoint = checkpoint_path(run_config.out_dir, model_class.model_type)
+        if checkpoint.exists():
+            os.replace(checkpoint, out_dir / checkpoint.name)
+    settings = asdict(config) | asdict(result.model.config) | {
+        'device_name': torch.cuda.get_device_name() if result.device.type == 'cuda' else platform.machine(),
+        'torch': torch.__version__, 'threads': torch.get_num_threads()}
+
+    print_table(results)
+    print('\n' + samples_text(results))
+    (out_dir / 'results.json').write_text(json.dumps(results | {'settings': settings}, indent=2) + '\n')
+    (out_dir / 'samples.txt').write_text(samples_text(results), encoding='utf-8')
+    draw_comparison(histories, results, settings, out_dir / 'comparison.png')
+    print(f'saved comparison.png, results.json, samples.txt, ckpt.pt and ckpt_mla.pt in {out_dir}')
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,370 @@
+"""
+Train a GPT; train_mla.py trains a GPT_MLA with the same loop.
+
+    python train.py config/train_shakespeare_char.py --batch_size=32                          one process
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py                    one node, 8 GPUs
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=IP --master_port=29500 train.py ...   two nodes
+
+A micro-batch is known by its number, counted over the whole run and all processes. (seed, number) alone decides its
+data and its dropout. So two processes see what one would, and a resumed run goes on with the data it has not seen.
+"""
+
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from checkpoint import build_model, checkpoint_path, describe, from_pretrained, read_checkpoint, save_checkpoint
+from configurator import UserError, build, configure, run
+from dataset import SPLITS, check_ids, draw_batch, open_data
+from device import pick_device, pick_dtype
+from model import GPT
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = 'out'  # where checkpoint, metrics.jsonl and loss.png go
+    eval_interval: int = 2000  # iterations between evaluations, after which a checkpoint may be written
+    log_interval: int = 1  # iterations between lines in the log
+    eval_iters: int = 200  # batches per evaluation and split
+    eval_only: bool = False  # evaluate once and stop, writing nothing
+    always_save_checkpoint: bool = True  # after every evaluation, not only when the val loss is the best so far
+    init_from: str = 'scratch'  # 'scratch', 'resume' (from out_dir) or GPT-2's weights by name, such as 'gpt2-xl'
+    wandb_log: bool = False  # log to Weights & Biases too
+    wandb_project: str = 'owt'  # its project
+    wandb_run_name: str = 'gpt2'  # its name for this run
+    dataset: str = 'openwebtext'  # the folder in data/ with train.bin and val.bin, or a path to one
+    gradient_accumulation_steps: int = 5 * 8  # micro-batches per iteration, of all processes together
+    batch_size: int = 12  # sequences in a micro-batch
+    learning_rate: float = 6e-4  # highest learning rate
+    max_iters: int = 600000  # optimizer steps in all
+    weight_decay: float = 1e-1  # AdamW's, on matrices and embeddings
+    beta1: float = 0.9  # AdamW's decay of the mean
+    beta2: float = 0.95  # AdamW's decay of the variance
+    grad_clip: float = 1.0  # clip the gradient's norm at this value, 0 for never
+    decay_lr: bool = True  # warm up and decay the learning rate; else it is constant
+    warmup_iters: int = 2000  # iterations of linear warm-up
+    lr_decay_iters: int = 600000  # where the cosine ends, about max_iters
+    min_lr: float = 6e-5  # learning rate at the end, about learning_rate / 10
+    backend: str = 'auto'  # between processes: 'nccl', 'gloo' or 'auto', which is nccl on GPUs
+    device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast; 'auto': bfloat16 on a GPU that has it
+    compile: Literal[True, False, 'auto'] = 'auto'  # torch.compile; 'auto': on a GPU
+    seed: int = 1337  # decides weights, data order and dropout
+
+    def __post_init__(self):
+        at_least = dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1,
+                        max_iters=0, learning_rate=0, min_lr=0, weight_decay=0, grad_clip=0, warmup_iters=0,
+                        lr_decay_iters=0, seed=0)
+        for key, least in at_least.items():
+            if getattr(self, key) < least:
+                raise ValueError(f'{key}={getattr(self, key)} must be at least {least}')
+        for key in ('beta1', 'beta2'):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f'{key}={getattr(self, key)} must be at least 0 and below 1')
+        if self.init_from not in ('scratch', 'resume') and not self.init_from.startswith('gpt2'):
+            raise ValueError(f"init_from={self.init_from!r} must be 'scratch', 'resume' or a GPT-2 by name, such as 'gpt2'")
+
+
+@dataclass
+class Result:
+    """What a run leaves behind. Times leave evaluations out."""
+    model: torch.nn.Module
+    tokenizer: str | list
+    device: torch.device
+    history: list  # the dictionaries of metrics.jsonl
+    ms_per_iter: float  # median over the logged stretches
+    tokens_per_second: float  # of all processes together
+
+
+@contextmanager
+def process_group(config):
+    """Join the processes that torchrun started: yields rank, world_size, device and its type; 0 and 1 without torchrun."""
+    world_size, local_rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_RANK', 0))
+    parallel = 'RANK' in os.environ
+    device, device_type = pick_device(config.device, local_rank if parallel else None)
+    if config.gradient_accumulation_steps % world_size:
+        raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} counts all processes '
+                        f'together and is not divisible by their number, {world_size}: use a multiple of {world_size}')
+    if not parallel:
+        yield 0, 1, device, device_type
+        return
+    backend = ('nccl' if device_type == 'cuda' else 'gloo') if config.backend == 'auto' else config.backend
+    if backend == 'nccl' and device_type != 'cuda':
+        raise UserError(f"backend='nccl' needs GPUs, device is {device_type}: use backend='gloo' or 'auto'")
+    if not dist.is_backend_available(backend):
+        raise UserError(f"backend={backend!r} is not available in this torch: use 'nccl', 'gloo' or 'auto'")
+    dist.init_process_group(backend)
+    try:
+        yield dist.get_rank(), world_size, device, device_type
+    finally:
+        dist.destroy_process_group()
+
+
+def make_model(model_class, config, model_args, data, device):
+    """The model to train and, if init_from is 'resume', the checkpoint that it comes from (else None)."""
+    if config.init_from == 'scratch':
+        vocab_size = 50304 if data.tokenizer == 'gpt2' else len(data.tokenizer)
+        settings = {'bias': False, 'vocab_size': vocab_size} | model_args
+        return model_class(build(model_class.config_class, settings)), None
+    kept = {k: v for k, v in model_args.items() if k == 'dropout'}  # all that may change with the weights kept
+    if config.init_from == 'resume':
+        path = checkpoint_path(config.out_dir, model_class.model_type)
+        checkpoint = read_checkpoint(path, device)
+        model = build_model(checkpoint, path, **kept)
+        if type(model) is not model_class:
+            raise UserError(f'checkpoint {path} holds a {type(model).__name__}, this program trains a '
+                            f'{model_class.__name__}')
+        if 'optimizer' not in checkpoint or 'iter_num' not in checkpoint:
+            raise UserError(f'checkpoint {path} holds no optimizer and no iteration to resume from')
+    else:
+        checkpoint, model = None, from_pretrained(model_class, config.init_from, **kept)
+        if model_args.get('block_size', math.inf) < model.config.block_size:
+            model.crop_block_size(model_args['block_size'])
+    for key, value in model_args.items():
+        if value != getattr(model.config, key):
+            raise UserError(f'{key}={value} was asked for, but init_from={config.init_from} brings a model with '
+                            f'{key}={getattr(model.config, key)}: leave {key} out, or start from scratch')
+    return model, checkpoint
+
+
+def learning_rate_at(iter_num, config):
+    """Linear warm-up to learning_rate, cosine down to min_lr at lr_decay_iters, min_lr from there on."""
+    if not config.decay_lr:
+        return config.learning_rate
+    if iter_num < config.warmup_iters:
+        return config.learning_rate * (iter_num + 1) / (config.warmup_iters + 1)
+    if iter_num >= config.lr_decay_iters:
+        return config.min_lr
+    ratio = (iter_num - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (config.learning_rate - config.min_lr)
+
+
+def train(model_class, config, model_args):
+    """Train a model_class by a TrainConfig. model_args are the model settings that were asked for; the data and the
+    class decide the others. Returns a Result. Raises UserError for what is wrong, before anything is written."""
+    with process_group(config) as (rank, world_size, device, device_type):
+        return training_loop(model_class, config, model_args, rank, world_size, device, device_type)
+
+
+def training_loop(model_class, config, model_args, rank, world_size, device, device_type):
+    master = rank == 0  # the process that prints and writes
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision('high')  # tf32
+    data = open_data(config.dataset)
+    model, checkpoint = make_model(model_class, config, model_args, data, device)
+    block_size = model.config.block_size
+    data.check(block_size, model.config.vocab_size)
+    model.to(device)
+
+    dtype = pick_dtype(config.dtype, device_type)
+    autocast = nullcontext() if dtype == torch.float32 else torch.amp.autocast(device_type, dtype)
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
+    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
+                                           device_type)
+    iter_num, best_val_loss = 0, math.inf
+    if checkpoint:
+        restore(checkpoint, optimizer, scaler)
+        iter_num, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+        checkpoint = None  # its memory is wanted for training
+    compiled = device_type == 'cuda' if config.compile == 'auto' else config.compile
+    net = torch.compile(model) if compiled else model
+    if world_size > 1:
+        net = DDP(net, device_ids=[device.index] if device_type == 'cuda' else None)
+
+    micro_steps = config.gradient_accumulation_steps // world_size  # of this process
+    tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * block_size
+    history = open_metrics(config, iter_num) if master and not config.eval_only else []
+    wandb = start_wandb(config) if master and config.wandb_log else None
+    progress = tqdm(initial=iter_num, total=config.max_iters, unit='iter', dynamic_ncols=True,
+                    disable=not (master and sys.stderr.isatty() and not config.eval_only))
+    say = (lambda line: None) if not master else print if progress.disable else progress.write
+    say(f'{describe(model)}; {tokens_per_iter:,} tokens per iteration on {world_size} x {device_type}, '
+        f'{str(dtype).removeprefix("torch.")}{", compiled" if compiled else ""}')
+
+    def batch(split, stream, number):
+        """Batch number of a stream (0 training, 1 evaluation): inputs and targets, both (batch_size, block_size)."""
+        rng = np.random.default_rng((config.seed, stream, SPLITS.index(split), number))
+        x, y = (torch.from_numpy(a) for a in draw_batch(getattr(data, split), config.batch_size, block_size, rng))
+        check_ids(int(y.max()), model.config.vocab_size, data.folder / f'{split}.bin')
+        torch.manual_seed(int(rng.integers(2 ** 63)))  # of the dropout
+        if device_type == 'cuda':  # from pinned memory the copy does not wait
+            return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+        return x.to(device), y.to(device)
+
+    def mean_over_processes(value):
+        if world_size > 1:
+            dist.all_reduce(value)
+        return value.item() / world_size
+
+    @torch.no_grad()
+    def estimate_loss():
+        """Mean loss of each split over the same eval_iters batches every time; each process takes its share."""
+        model.eval()
+        losses = {}
+        for split in SPLITS:
+            total = torch.zeros((), device=device)
+            for k in range(rank, config.eval_iters, world_size):
+                with autocast:
+                    total += model(*batch(split, 1, k))[1]
+            losses[f'{split}_loss'] = mean_over_processes(total) * world_size / config.eval_iters
+        model.train()
+        return losses
+
+    def record(row):
+        """Keep a row of metrics where a person, a plot and wandb find it."""
+        if not master or config.eval_only:
+            return
+        history.append(row)
+        with open(Path(config.out_dir) / 'metrics.jsonl', 'a') as f:
+            f.write(json.dumps(row) + '\n')
+        if wandb:
+            names = {'loss': 'train/batch_loss', 'train_loss': 'train/loss', 'val_loss': 'val/loss'}
+            wandb.log({names.get(key, key): value for key, value in row.items()}, step=row['iter'])
+
+    durations, unlogged, t0 = [], 0, time.perf_counter()
+    while True:
+        lr = learning_rate_at(iter_num, config)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+
+        if iter_num % config.eval_interval == 0 or iter_num >= config.max_iters or config.eval_only:
+            losses = estimate_loss()
+            record({'iter': iter_num, **losses, 'lr': lr})
+            saved = ''
+            if master and not config.eval_only:
+                draw_loss(history, model_class.__name__, Path(config.out_dir) / 'loss.png')
+                best = losses['val_loss'] < best_val_loss
+                best_val_loss = min(losses['val_loss'], best_val_loss)
+                if iter_num > 0 and (best or config.always_save_checkpoint):
+                    path = checkpoint_path(config.out_dir, model_class.model_type)
+                    save_checkpoint(path, model, optimizer, scaler, iter_num, best_val_loss, config, data.tokenizer)
+                    saved = f' | saved {path}'
+            say(f"step {iter_num:6d} | train loss {losses['train_loss']:.4f} | val loss {losses['val_loss']:.4f}{saved}")
+            unlogged, t0 = 0, time.perf_counter()
+        if iter_num >= config.max_iters or config.eval_only:
+            break
+
+        loss_sum = torch.zeros((), device=device)
+        for step in range(micro_steps):
+            x, y = batch('train', 0, iter_num * config.gradient_accumulation_steps + rank + step * world_size)
+            # DDP adds gradients up between processes; only the last micro-step needs that
+            last = step == micro_steps - 1
+            with nullcontext() if world_size == 1 or last else net.no_sync():
+                with autocast:
+                    loss = net(x, y)[1] / micro_steps
+                scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        if config.grad_clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        unlogged += 1
+
+        if iter_num % config.log_interval == 0:
+            loss = mean_over_processes(loss_sum)  # waits for the device, so the clock is right
+            now = time.perf_counter()
+            dt, unlogged, t0 = (now - t0) / unlogged, 0, now
+            durations.append(dt)
+            row = {'iter': iter_num, 'loss': loss, 'lr': lr, 'ms_per_iter': dt * 1e3,
+                   'tokens_per_second': tokens_per_iter / dt}
+            mfu = model.estimate_mfu(config.gradient_accumulation_steps * config.batch_size / world_size, dt)
+            if mfu is not None:
+                row['mfu'] = mfu
+            record(row)
+            progress.set_postfix_str(f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tokens/s")
+            if progress.disable:
+                say(f"iter {iter_num:6d} | loss {loss:.4f} | {dt * 1e3:.1f} ms | {row['tokens_per_second']:,.0f} tokens/s"
+                    + (f' | mfu {mfu:.1%}' if mfu is not None else ''))
+        iter_num += 1
+        progress.update()
+
+    progress.close()
+    if wandb:
+        wandb.finish()
+    seconds = statistics.median(durations[1:] or durations or [math.nan])  # the first holds the warm-up
+    return Result(model, data.tokenizer, device, history, seconds * 1e3, tokens_per_iter / seconds)
+
+
+def restore(checkpoint, optimizer, scaler):
+    """The optimizer and the scaler as they were; a checkpoint of nanoGPT's has no scaler."""
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        if scaler.is_enabled() and checkpoint.get('scaler'):
+            scaler.load_state_dict(checkpoint['scaler'])
+    except (ValueError, KeyError, RuntimeError) as e:
+        raise UserError(f'the optimizer in the checkpoint does not fit its model: {e}') from None
+
+
+def open_metrics(config, iter_num):
+    """Make out_dir and its metrics.jsonl, keep the rows before iter_num there (none for a new run) and return them."""
+    path = Path(config.out_dir) / 'metrics.jsonl'
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if iter_num and path.exists() else []
+        rows = [row for row in rows if row['iter'] < iter_num]
+        path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    except OSError as e:
+        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror}): give another') from None
+    return rows
+
+
+def start_wandb(config):
+    """wandb, with a run begun; None with a warning if it cannot be, since training matters more than its log."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb_log=True needs wandb: pip install wandb, or use --wandb_log=False') from None
+    try:
+        wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+    except Exception as e:
+        print(f'warning: training goes on without wandb ({type(e).__name__}: {e})', file=sys.stderr)
+        return None
+    return wandb
+
+
+def plot_losses(ax, history, label, color):
+    """Draw a run's metrics: evaluated train loss (dashed) and val loss (solid), over the batches' own loss (faint)."""
+    batches = [(row['iter'], row['loss']) for row in history if 'loss' in row]
+    evaluations = [(row['iter'], row['train_loss'], row['val_loss']) for row in history if 'val_loss' in row]
+    if batches:
+        ax.plot(*zip(*batches), color=color, alpha=0.25, linewidth=0.8)
+    iters, train_losses, val_losses = zip(*evaluations)
+    ax.plot(iters, train_losses, '--', color=color, label=f'{label}, train')
+    ax.plot(iters, val_losses, '-o', color=color, markersize=3, label=f'{label}, val ({val_losses[-1]:.4f} at the end)')
+    ax.set(xlabel='iteration', ylabel='cross-entropy loss (nats per token)')
+    ax.grid(alpha=0.3)
+    ax.legend()
+
+
+def draw_loss(history, label, path):
+    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    ax = figure.subplots()
+    plot_losses(ax, history, label, 'C0')
+    ax.set_title(f'{label}: loss in training (faint: the batches\' own)')
+    figure.savefig(path, dpi=130)
+
+
+def main(model_class=GPT, **defaults):
+    # nanoGPT trains without biases, though its GPTConfig has them
+    config, model_args = configure(sys.argv[1:], TrainConfig, model_class.config_class, bias=False, **defaults)
+    train(model_class, config, model_args)
+
+
+if __name__ == '__main__':
+    run(main)
