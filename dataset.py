@@ -6,6 +6,7 @@ matter, with meta.pkl beside them if the tokens are characters.
 import os
 import pickle
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,22 @@ def open_data(name):
     return Data(**bins, tokenizer=dataset_tokenizer(folder), folder=folder)
 
 
-def draw_batch(tokens, batch_size, block_size, rng):
-    """batch_size random windows: inputs and the tokens that follow them, two int64 arrays (batch_size, block_size)."""
-    starts = rng.integers(len(tokens) - block_size, size=batch_size)
+@lru_cache(maxsize=4)
+def window_starts(n_tokens, block_size, seed, epoch):
+    """Where the windows of an epoch start: end to end from a random offset, in random order. The number of windows is
+    the same for every epoch."""
+    rng = np.random.default_rng((*seed, epoch))
+    n_windows = max(1, n_tokens // block_size - 1)
+    offset = rng.integers(min(block_size, n_tokens - n_windows * block_size))
+    return offset + block_size * rng.permutation(n_windows)
+
+
+def draw_batch(tokens, batch_size, block_size, seed, number):
+    """Batch number of an endless row of them: windows of the tokens, each seen once before any is seen again, in an order
+    that seed, a tuple of whole numbers, decides. Returns inputs and the tokens that follow them, two int64 arrays
+    (batch_size, block_size)."""
+    n_windows = len(window_starts(len(tokens), block_size, seed, 0))
+    epochs, places = np.divmod(number * batch_size + np.arange(batch_size), n_windows)
+    starts = np.array([window_starts(len(tokens), block_size, seed, epoch)[i] for epoch, i in zip(epochs.tolist(), places)])
     windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
     return windows[:, :-1], windows[:, 1:]

@@ -196,10 +196,11 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
 
     def batch(split, stream, number):
         """Batch number of a stream (0 training, 1 evaluation): inputs and targets, both (batch_size, block_size)."""
-        rng = np.random.default_rng((config.seed, stream, SPLITS.index(split), number))
-        x, y = (torch.from_numpy(a) for a in draw_batch(getattr(data, split), config.batch_size, block_size, rng))
-        check_ids(int(y.max()), model.config.vocab_size, data.folder / f'{split}.bin')
-        torch.manual_seed(int(rng.integers(2 ** 63)))  # of the dropout
+        seed = (config.seed, stream, SPLITS.index(split))
+        x, y = draw_batch(getattr(data, split), config.batch_size, block_size, seed, number)
+        check_ids(y.max(), model.config.vocab_size, data.folder / f'{split}.bin')
+        torch.manual_seed(int(np.random.default_rng((*seed, number)).integers(2 ** 63)))  # of the dropout
+        x, y = torch.from_numpy(x), torch.from_numpy(y)
         if device_type == 'cuda':  # from pinned memory the copy does not wait
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
         return x.to(device), y.to(device)
@@ -345,7 +346,7 @@ def plot_losses(ax, history, label, color):
         ax.plot(*zip(*batches), color=color, alpha=0.25, linewidth=0.8)
     iters, train_losses, val_losses = zip(*evaluations)
     ax.plot(iters, train_losses, '--', color=color, label=f'{label}, train')
-    ax.plot(iters, val_losses, '-o', color=color, markersize=3, label=f'{label}, val ({val_losses[-1]:.4f} at the end)')
+    ax.plot(iters, val_losses, '-o', color=color, markersize=3, label=f'{label}, val')
     ax.set(xlabel='iteration', ylabel='cross-entropy loss (nats per token)')
     ax.grid(alpha=0.3)
     ax.legend()
@@ -356,7 +357,9 @@ def draw_loss(history, label, path):
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     ax = figure.subplots()
     plot_losses(ax, history, label, 'C0')
-    ax.set_title(f'{label}: loss in training (faint: the batches\' own)')
+    last = [row for row in history if 'val_loss' in row][-1]
+    ax.set_title(f"{label}: val loss {last['val_loss']:.4f} after {last['iter']:,} iterations (faint: the batches' own loss)",
+                 fontsize=10)
     figure.savefig(path, dpi=130)
 
 

@@ -1,0 +1,149 @@
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import BOTH, CHARS, tiny_model
+
+import checkpoint as ckpt
+from configurator import UserError
+from model import GPT
+from model_mla import GPT_MLA
+from train import TrainConfig
+
+
+def save(path, model, tokenizer=CHARS):
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    ckpt.save_checkpoint(path, model, optimizer, scaler, 7, 1.5, TrainConfig(), tokenizer)
+
+
+@dataclass
+class NanoGPTConfig:
+    """The seven keys of nanoGPT's GPTConfig; any other makes its constructor fail."""
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+
+def nanogpt_names(n_layer, bias):
+    """The names in the state dict of nanoGPT's GPT."""
+    norms = ['ln_1', 'ln_2']
+    linears = ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
+    kinds = ['weight', 'bias'] if bias else ['weight']
+    blocks = {f'transformer.h.{i}.{m}.{kind}' for i in range(n_layer) for m in norms + linears for kind in kinds}
+    return blocks | {f'transformer.ln_f.{kind}' for kind in kinds} | {
+        'transformer.wte.weight', 'transformer.wpe.weight', 'lm_head.weight'}
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_loads_the_way_nanogpt_loads(tmp_path, bias):
+    model = tiny_model(GPT, bias=bias)
+    save(tmp_path / 'ckpt.pt', model)
+    checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= checkpoint.keys()
+    config = NanoGPTConfig(**checkpoint['model_args'])
+    assert set(checkpoint['model']) == nanogpt_names(config.n_layer, bias)
+    assert checkpoint['model']['transformer.h.0.attn.c_attn.weight'].shape == (48, 16)
+    groups = checkpoint['optimizer']['param_groups']
+    assert [g['weight_decay'] for g in groups] == [0.1, 0.0]
+    assert checkpoint['config']['dataset'] == 'openwebtext'
+
+
+def test_gelu_is_written_only_where_nanogpt_would_compute_something_else(tmp_path):
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT, gelu='tanh'))
+    assert ckpt.read_checkpoint(tmp_path / 'ckpt.pt')['model_args']['gelu'] == 'tanh'
+    assert ckpt.load_model(tmp_path)[0].config.gelu == 'tanh'
+
+
+def test_a_checkpoint_of_nanogpts_loads(tmp_path):
+    model = tiny_model(GPT)
+    torch.save({'model': {f'_orig_mod.{k}': v for k, v in model.state_dict().items()}
+                | {'_orig_mod.transformer.h.0.attn.bias': torch.ones(1, 1, 16, 16)},
+                'optimizer': {}, 'model_args': dict(block_size=16, vocab_size=14, n_layer=2, n_head=2, n_embd=16, dropout=0.0,
+                                                    bias=True),
+                'iter_num': 10, 'best_val_loss': torch.tensor(1.5), 'config': {'dataset': str(tmp_path)}},
+               tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='carries no tokenizer'):
+        ckpt.load_model(tmp_path)
+    chars = ''.join(CHARS)
+    with open(tmp_path / 'meta.pkl', 'wb') as f:
+        pickle.dump({'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}, f)
+    loaded, tokenizer = ckpt.load_model(tmp_path)
+    idx = torch.randint(14, (2, 16))
+    assert torch.equal(loaded(idx, idx)[0], model(idx, idx)[0]) and tokenizer == CHARS
+
+
+@BOTH
+def test_load_model_finds_file_and_folder(tmp_path, model_class):
+    model = tiny_model(model_class)
+    path = ckpt.checkpoint_path(tmp_path, model_class.model_type)
+    save(path, model, 'gpt2')
+    idx = torch.randint(14, (2, 16))
+    for source in (path, tmp_path):
+        loaded, tokenizer = ckpt.load_model(str(source))
+        assert type(loaded) is model_class and not loaded.training and tokenizer == 'gpt2'
+        assert torch.equal(loaded(idx, idx)[0], model(idx, idx)[0])
+
+
+def test_a_folder_with_both_gives_the_one_asked_for(tmp_path):
+    for model_class, name in ((GPT, 'ckpt.pt'), (GPT_MLA, 'ckpt_mla.pt')):
+        save(tmp_path / name, tiny_model(model_class))
+    assert type(ckpt.load_model(tmp_path, model_type='mla')[0]) is GPT_MLA
+    assert type(ckpt.load_model(tmp_path)[0]) is GPT
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / 'ckpt.pt'
+    save(path, tiny_model(GPT))
+    before = path.read_bytes()
+
+    def full_disk(checkpoint, f):
+        f.write(b'half')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(torch, 'save', full_disk)
+    with pytest.raises(OSError):
+        save(path, tiny_model(GPT, seed=1))
+    assert path.read_bytes() == before
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ('owned',))
+
+
+@pytest.mark.parametrize('content, words', [
+    (lambda good: good[:len(good) // 2], 'damaged'), (lambda good: b'', 'damaged'), (lambda good: b'x' * 100, 'damaged'),
+    (lambda good: pickle.dumps(Evil(), protocol=2), 'damaged')])
+def test_what_cannot_be_read_is_reported(tmp_path, content, words, capsys):
+    path = tmp_path / 'ckpt.pt'
+    save(path, tiny_model(GPT))
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(UserError, match=words):
+        ckpt.load_model(path)
+    assert 'owned' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda c: c.pop('model_args'), 'lacks model and model_args'),
+    (lambda c: c['model_args'].update(n_embd=32), 'do not fit'), (lambda c: c['model_args'].update(rotary=1), 'do not fit'),
+    (lambda c: c['model'].popitem(), 'do not fit'), (lambda c: c.update(model_type='mamba'), "model_type 'mamba'"),
+    (lambda c: c['model_args'].update(n_head=3), 'not divisible')])
+def test_what_does_not_fit_is_reported(tmp_path, change, words):
+    path = tmp_path / 'ckpt.pt'
+    save(path, tiny_model(GPT))
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=words):
+        ckpt.load_model(path)
+
+
+def test_what_is_not_there_is_reported(tmp_path):
+    for source in (tmp_path, tmp_path / 'x.pt'):
+        with pytest.raises(UserError, match='there is no checkpoint'):
+            ckpt.load_model(source)

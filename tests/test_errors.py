@@ -1,0 +1,93 @@
+"""Every mistake of a user's ends the trainer in one clear line and exit code 2, with nothing written or lost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dataset
+import train
+from model_mla import GPT_MLA
+
+ROOT = Path(train.__file__).parent
+
+
+def write_tokens(path, tokens):
+    np.array(tokens, dtype=np.uint16).tofile(path)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--max_itres=5'], 'unknown key --max_itres; did you mean max_iters?'),
+    (['--max_iters=many'], "--max_iters='many' must be a whole number"),
+    (['--n_head=3'], 'n_embd=16 is not divisible by n_head=3'),
+    (['--n_latent=0'], 'n_latent=0 must be at least 1'),
+    (['--n_layer=0'], 'n_layer=0 must be at least 1'),
+    (['--dropout=1.5'], 'dropout=1.5 must be'),
+    (['--block_size=600'], 'block_size=600 is too long for'),
+    (['--vocab_size=13'], 'token id 13, which vocab_size=13 does not allow'),
+    (['--dataset=nothing'], 'dataset=nothing: there is no folder'),
+    (['--init_from=resume'], 'there is no checkpoint'),
+    (['--init_from=bert'], "init_from='bert' must be"),
+    (['--init_from=gpt2'], 'multi-head attention'),
+    (['--device=cuda:99'], "device='cuda:99'"),
+    (['--device=gpu'], "device='gpu'"),
+    (['--dtype=float8'], "--dtype='float8' must be auto, float32, bfloat16 or float16"),
+    (['--eval_interval=0'], 'eval_interval=0 must be at least 1'),
+    (['--batch_size=-1'], 'batch_size=-1 must be at least 1'),
+    (['--beta2=1'], 'beta2=1.0 must be at least 0 and below 1'),
+    (['--seed=-1'], 'seed=-1'),
+    (['--out_dir=/proc/nowhere/out'], 'out_dir=/proc/nowhere/out cannot be written to'),
+    (['nothing.py'], "there is no config file 'nothing.py'"),
+])
+def test_bad_input(args, words, tiny_args, tmp_path, program):
+    code, _, err = program(lambda: train.main(GPT_MLA), *tiny_args, *args)
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and words in err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_device_cuda_without_one(tiny_args, program, monkeypatch):
+    monkeypatch.setattr(train.torch.cuda, 'device_count', lambda: 0)
+    code, _, err = program(train.main, *tiny_args, '--device=cuda')
+    assert code == 2 and "use --device=cpu or 'auto'" in err
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda f: (f / 'train.bin').write_bytes(b''), '0 bytes'), (lambda f: (f / 'val.bin').unlink(), 'val.bin is missing'),
+    (lambda f: (f / 'val.bin').write_bytes(b'123'), '3 bytes'), (lambda f: write_tokens(f / 'val.bin', [50] * 99), 'token id 50')])
+def test_bad_data(damage, words, tiny_args, data_dir, tmp_path, program):
+    damage(data_dir)
+    code, _, err = program(train.main, *tiny_args)
+    assert code == 2 and words in err and err.count('\n') == 1 and not (tmp_path / 'out').exists()
+
+
+def test_a_mistake_costs_neither_checkpoint_nor_metrics(tiny_args, tmp_path, program):
+    assert program(train.main, *tiny_args)[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()}
+    for args in (['--n_head=3'], ['--init_from=resume', '--n_layer=3'], ['--vocab_size=5'], ['--device=tpu'],
+                 ['--init_from=resume', '--block_size=8']):
+        code, _, err = program(train.main, *tiny_args, *args)
+        assert code == 2 and err.count('\n') == 1
+    (tmp_path / 'out' / 'ckpt.pt').write_bytes(before['ckpt.pt'][:1000])
+    assert program(train.main, *tiny_args, '--init_from=resume')[0] == 2
+    (tmp_path / 'out' / 'ckpt.pt').write_bytes(before['ckpt.pt'])
+    assert {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()} == before
+
+
+def test_a_bin_too_large_to_be_checked_whole_is_checked_batch_by_batch(tiny_args, data_dir, program, monkeypatch):
+    tokens = np.fromfile(data_dir / 'train.bin', dtype=np.uint16)
+    tokens[1500:2500] = 40
+    tokens.tofile(data_dir / 'train.bin')
+    monkeypatch.setattr(dataset.Data, 'check', lambda *args: None)
+    code, _, err = program(train.main, *tiny_args)
+    assert code == 2 and 'token id 40' in err
+
+
+def test_a_config_file_that_raises_ends_the_program_in_one_line(tmp_path):
+    (tmp_path / 'bad.py').write_text('max_iters = 1 / 0\n')
+    done = subprocess.run([sys.executable, ROOT / 'train_mla.py', 'bad.py'], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr == 'error: config file bad.py raised ZeroDivisionError in line 1: division by zero\n'
+    assert [p.name for p in tmp_path.iterdir()] == ['bad.py']

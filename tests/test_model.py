@@ -1,0 +1,156 @@
+import math
+
+import pytest
+import torch
+from conftest import BOTH, tiny_model
+
+from model import GPT, GPTConfig
+from model_mla import GPT_MLA
+
+
+@pytest.fixture(scope='module')
+def hugging_face(tmp_path_factory):
+    """A directory with a small GPT-2 of transformers' with random weights, and that model."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=24, n_embd=32, n_layer=3, n_head=4)).eval()
+    for p in hf.parameters():  # norms and biases too, which start at ones and zeros
+        p.data += 0.1 * torch.randn_like(p)
+    folder = tmp_path_factory.mktemp('hf')
+    hf.save_pretrained(folder)
+    return folder, hf
+
+
+def test_same_logits_and_loss_as_transformers(hugging_face):
+    folder, hf = hugging_face
+    model = GPT.from_pretrained(str(folder)).eval()
+    idx = torch.randint(50, (3, 24))
+    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    peer = hf(idx[:, :-1]).logits
+    torch.testing.assert_close(logits, peer, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loss, hf(idx, labels=idx).loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(idx[:, :-1])[0], peer[:, -1:], atol=1e-4, rtol=1e-4)
+
+
+def test_from_pretrained_overrides_dropout_and_refuses_other_attention(hugging_face):
+    folder, _ = hugging_face
+    assert GPT.from_pretrained(str(folder), {'dropout': 0.25}).transformer.h[0].attn.dropout == 0.25
+    with pytest.raises(ValueError, match='multi-head attention'):
+        GPT_MLA.from_pretrained(str(folder))
+
+
+def test_attention_is_its_definition_in_float64():
+    attn = tiny_model(GPT, bias=True).double().transformer.h[0].attn
+    for p in attn.parameters():
+        p.data = torch.randn_like(p)
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    out = torch.zeros(2, 7, 16, dtype=torch.float64)
+    W, b = attn.c_attn.weight, attn.c_attn.bias
+    for batch in range(2):
+        q, k, v = (x[batch] @ W[i * 16:(i + 1) * 16].T + b[i * 16:(i + 1) * 16] for i in range(3))
+        for t in range(7):
+            for head in (slice(0, 8), slice(8, 16)):
+                weights = torch.softmax(k[:t + 1, head] @ q[t, head] / math.sqrt(8), 0)
+                out[batch, t, head] = weights @ v[:t + 1, head]
+    torch.testing.assert_close(attn(x), out @ attn.c_proj.weight.T + attn.c_proj.bias, atol=1e-12, rtol=1e-12)
+
+
+@BOTH
+def test_head_weights_are_the_maps_that_heads_apply(model_class):
+    attn = tiny_model(model_class, bias=False).transformer.h[0].attn.double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    W_Q, W_K, W_V, W_O = attn.head_weights()
+    for W, projected in zip((W_Q, W_K, W_V), attn.heads(x)):
+        torch.testing.assert_close(torch.einsum('bte,hed->bhtd', x, W), projected)
+    q, k, v = attn.heads(x)
+    pattern = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf).softmax(-1)
+    torch.testing.assert_close(torch.einsum('bhtd,hde->bte', pattern @ v, W_O), attn(x))
+
+
+@BOTH
+def test_the_future_does_not_reach_the_past(model_class):
+    model = tiny_model(model_class)
+    idx = torch.randint(14, (2, 16))
+    changed = idx.clone()
+    changed[:, 9:] = (idx[:, 9:] + 1) % 14
+    a, b = (model(i, i)[0] for i in (idx, changed))
+    assert torch.equal(a[:, :9], b[:, :9])
+    assert not torch.isclose(a[:, 9:], b[:, 9:]).all(-1).any()
+
+
+@BOTH
+@pytest.mark.parametrize('bias', [True, False])
+def test_gradients_reach_every_parameter(model_class, bias):
+    model = tiny_model(model_class, bias=bias).train()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    idx = torch.randint(14, (4, 16))
+    model(idx, idx)[1].backward()
+    for name, p in model.named_parameters():
+        if not name.endswith('key.bias'):  # the bias of the keys adds the same to every score: no softmax feels it
+            assert p.grad.abs().max() > 1e-6, name
+
+
+def test_targets_of_minus_one_do_not_count():
+    model = tiny_model(GPT)
+    idx = torch.randint(14, (2, 16))
+    some = idx.clone()
+    some[:, 5:] = -1
+    logits, loss = model(idx, some)
+    torch.testing.assert_close(loss, -logits.log_softmax(-1)[:, :5].gather(2, idx[:, :5, None]).mean())
+
+
+@BOTH
+def test_dropout_acts_on_attention_and_residual_in_training_alone(model_class):
+    model = tiny_model(model_class, dropout=0.5)
+    attn, x = model.transformer.h[0].attn, torch.randn(1, 16, 16)
+    assert torch.equal(attn(x), attn(x))
+    attn.train()
+    assert (attn(x) == 0).float().mean() > 0.2  # of the residual
+    attn.resid_dropout.p = 0.0
+    assert not torch.isclose(attn(x), attn(x)).all()  # of the attention weights
+
+
+def test_number_of_parameters_is_that_of_gpt2():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=50257))
+    assert model.get_num_params(non_embedding=False) == 124_439_808  # as published weights have
+    assert model.get_num_params() == 124_439_808 - 1024 * 768
+
+
+def test_initial_standard_deviations():
+    model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            wanted = 0.02 / math.sqrt(16) if name.endswith('c_proj.weight') else 0.02
+            assert p.std().item() == pytest.approx(wanted, rel=0.05), name
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_crop_block_size_keeps_the_positions_that_are_left():
+    model = tiny_model(GPT)
+    idx = torch.randint(14, (1, 8))
+    before = model(idx)[0]
+    model.crop_block_size(8)
+    assert torch.equal(model(idx)[0], before)
+    with pytest.raises(ValueError, match='does not fit'):
+        model(torch.randint(14, (1, 9)))
+    with pytest.raises(ValueError, match='block_size'):
+        model.crop_block_size(9)
+
+
+@BOTH
+def test_only_matrices_decay(model_class):
+    model = tiny_model(model_class, bias=True)
+    decaying, others = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
+    assert decaying['weight_decay'] == 0.1 and others['weight_decay'] == 0
+    assert {id(p) for p in decaying['params']} == {id(p) for p in model.parameters() if p.dim() == 2}
+    assert len(decaying['params']) + len(others['params']) == len(list(model.parameters()))
+
+
+def test_mfu_by_hand():
+    model = tiny_model(GPT, bias=False)
+    n = 14 * 16 + 2 * (12 * 16 * 16 + 2 * 16) + 16  # embedding, blocks, ln_f
+    flops = (6 * n + 12 * 2 * 16 * 16) * 16 * 10
+    assert model.estimate_mfu(10, dt=2.0, peak=1e9) == pytest.approx(flops / 2.0 / 1e9)
+    assert model.estimate_mfu(10, dt=2.0) is None  # no peak is published for this CPU

@@ -1,0 +1,64 @@
+import json
+
+import numpy as np
+import pytest
+import test_shakespeare_quick as quick
+import torch
+from conftest import tiny_model
+
+from checkpoint import load_model
+from dataset import open_data
+from model import GPT
+
+SIZE = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--eval_iters=4',
+        '--max_iters=6']
+
+
+@pytest.fixture
+def trained(data_dir, tmp_path, program):
+    code, out, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={tmp_path / "quick"}', *SIZE)
+    assert code == 0, err
+    return tmp_path / 'quick', out
+
+
+def test_what_it_leaves_behind(trained, data_dir):
+    folder, out = trained
+    results = json.loads((folder / 'results.json').read_text())
+    assert results.keys() == {'mha', 'mla', 'settings'}
+    kinds = dict(params=int, attention_params=int, train_loss=float, val_loss=float, ms_per_iter=float,
+                 tokens_per_second=float, cache_bytes_per_token=int, sample=str)
+    for name in ('mha', 'mla'):
+        assert {k: type(v) for k, v in results[name].items()} == kinds
+        assert len(results[name]['sample']) == 300 and set(results[name]['sample']) <= set('\n abcdefghijkl')
+        assert results[name]['sample'].strip()[:20] in out
+        assert results[name]['sample'].strip().split('\n')[0] in (folder / 'samples.txt').read_text()
+    # by hand, two layers: 4 matrices 16 x 16 for MHA; query, c_proj 16 x 16 and three 16 x 8 for MLA; 4 bytes a number
+    assert results['mha']['attention_params'] == 2 * 4 * 256
+    assert results['mla']['attention_params'] == 2 * (2 * 256 + 3 * 128)
+    assert (results['mha']['cache_bytes_per_token'], results['mla']['cache_bytes_per_token']) == (2 * 32 * 4, 2 * 8 * 4)
+    assert results['settings']['max_iters'] == results['settings']['lr_decay_iters'] == 6
+    assert results['settings']['n_latent'] == 8 and results['settings']['seed'] == 1337
+    assert (folder / 'comparison.png').read_bytes().startswith(b'\x89PNG')
+    assert 'MLA / MHA' in out and 'cache bytes per token' in out
+    for name, file in (('mha', 'ckpt.pt'), ('mla', 'ckpt_mla.pt')):
+        model, _ = load_model(folder / file)
+        loss = quick.split_loss(model, open_data(data_dir).val)
+        assert loss == pytest.approx(results[name]['val_loss'], abs=1e-6)
+
+
+def test_split_loss_predicts_every_token_but_the_first_once():
+    model = tiny_model(GPT)
+    for length in (17, 18, 33, 50, 16, 2):
+        tokens = torch.randint(14, (length,))
+        losses = []
+        for i in range(1, length):
+            start = (i - 1) // 16 * 16
+            logits = model(tokens[None, start:i])[0][0, -1]
+            losses.append(-logits.log_softmax(-1)[tokens[i]].item())
+        assert quick.split_loss(model, tokens.numpy().astype(np.uint16), batch_size=2) == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize('arg', ['--init_from=resume', '--eval_only=True', '--max_iters=0'])
+def test_what_makes_no_comparison_is_refused(arg, data_dir, tmp_path, program):
+    code, _, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={tmp_path / "quick"}', *SIZE, arg)
+    assert code == 2 and 'trains both models from scratch' in err and not (tmp_path / 'quick').exists()

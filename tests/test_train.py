@@ -1,0 +1,165 @@
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOTH, read_metrics, without_times
+
+import train as trainer
+from checkpoint import checkpoint_path, load_model
+from model import GPT
+from model_mla import GPT_MLA
+from train import TrainConfig, learning_rate_at
+
+ROOT = Path(trainer.__file__).parent
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['model']
+
+
+@BOTH
+def test_it_learns_and_leaves_checkpoint_metrics_and_picture(model_class, tiny_args, tmp_path, program):
+    code, out, _ = program(lambda: trainer.main(model_class), *tiny_args, '--max_iters=60', '--eval_interval=30',
+                           '--lr_decay_iters=60', '--n_embd=32')
+    assert code == 0 and 'val loss' in out and 'tokens/s' in out
+    rows = read_metrics(tmp_path / 'out')
+    evaluations = [row for row in rows if 'val_loss' in row]
+    assert [row['iter'] for row in evaluations] == [0, 30, 60]
+    assert abs(evaluations[0]['val_loss'] - math.log(14)) < 0.1
+    assert evaluations[-1]['val_loss'] < 2.0
+    assert [row['iter'] for row in rows if 'loss' in row] == list(range(60))
+    assert (tmp_path / 'out' / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    model, tokenizer = load_model(checkpoint_path(tmp_path / 'out', model_class.model_type))
+    assert type(model) is model_class and len(tokenizer) == 14
+
+
+def test_a_step_is_adamws_on_the_clipped_mean_gradient(tiny_args, tmp_path, data_dir, program, monkeypatch):
+    """The first step, done again by hand on the batches that the loop drew."""
+    drawn = []
+    draw = trainer.draw_batch
+    monkeypatch.setattr(trainer, 'draw_batch', lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    args = tiny_args + ['--max_iters=1', '--eval_iters=1', '--weight_decay=0.2', '--grad_clip=0.05', '--warmup_iters=0']
+    assert program(trainer.main, *args)[0] == 0
+    torch.manual_seed(1337)
+    model = GPT(GPT.config_class(block_size=16, vocab_size=14, n_layer=2, n_head=2, n_embd=16, bias=False))
+    micro_batches = [[torch.from_numpy(a) for a in batch] for batch in drawn[2:4]]  # two evaluations, two micro-batches
+    (sum(model(x, y)[1] for x, y in micro_batches) / 2).backward()
+    norm = math.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+    assert norm > 0.05
+    for name, p in model.named_parameters():
+        gradient = p.grad * 0.05 / norm
+        decay = 0.2 if p.dim() == 2 else 0.0
+        # after one step Adam's bias-corrected mean and variance are the gradient and its square
+        wanted = p.data * (1 - 1e-2 * decay) - 1e-2 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(weights(tmp_path / 'out' / 'ckpt.pt')[name], wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_learning_rate_at_hand_computed_points():
+    config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=109)
+    points = {0: 0.1, 4: 0.5, 9: 1.0, 59: 0.55, 34: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 109: 0.1, 500: 0.1}
+    for iter_num, lr in points.items():
+        assert learning_rate_at(iter_num, config) == pytest.approx(lr)
+    config.decay_lr = False
+    assert learning_rate_at(3, config) == 1.0
+
+
+@BOTH
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(model_class, tiny_args, tmp_path, program):
+    args = tiny_args + ['--dropout=0.2', '--max_iters=9']
+    name = checkpoint_path('', model_class.model_type)
+    assert program(lambda: trainer.main(model_class), *args)[0] == 0
+    whole, metrics = weights(tmp_path / 'out' / name), read_metrics(tmp_path / 'out')
+    half = [f'--out_dir={tmp_path / "half"}']
+    # lr_decay_iters is the same, so stopping at 6 is what a machine that dies there would have left
+    assert program(lambda: trainer.main(model_class), *args, *half, '--max_iters=6')[0] == 0
+    assert program(lambda: trainer.main(model_class), *args, *half, '--init_from=resume')[0] == 0
+    for key, value in weights(tmp_path / 'half' / name).items():
+        assert torch.equal(value, whole[key]), key
+    assert without_times(read_metrics(tmp_path / 'half')) == without_times(metrics)
+
+
+def test_both_models_see_the_same_batches_and_a_seed_decides_them(tiny_args, program, monkeypatch):
+    draw, seen = trainer.draw_batch, []
+    monkeypatch.setattr(trainer, 'draw_batch', lambda *args: seen[-1].append(draw(*args)[0]) or draw(*args))
+    for main, seed in ((trainer.main, 1), (lambda: trainer.main(GPT_MLA), 1), (trainer.main, 2)):
+        seen.append([])
+        assert program(main, *tiny_args, f'--seed={seed}')[0] == 0
+    mha, mla, other = (np.stack(batches) for batches in seen)
+    assert (mha == mla).all() and not (mha == other).all()
+
+
+@pytest.mark.parametrize('dtype, tolerance', [('bfloat16', 0.05), ('float16', 0.02)])
+def test_reduced_precision_follows_float32(dtype, tolerance, tiny_args, tmp_path, program):
+    losses = []
+    for name in ('float32', dtype):
+        out_dir = tmp_path / name
+        assert program(trainer.main, *tiny_args, f'--dtype={name}', f'--out_dir={out_dir}')[0] == 0
+        losses.append([row['loss'] for row in read_metrics(out_dir) if 'loss' in row])
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[0], losses[1], atol=tolerance)
+    scaler = torch.load(out_dir / 'ckpt.pt', weights_only=True)['scaler']
+    assert (scaler.get('scale', 0) > 1) == (dtype == 'float16')
+
+
+def test_two_processes_see_what_one_sees(tiny_args, tmp_path, program):
+    args = tiny_args + ['--gradient_accumulation_steps=4', '--dropout=0.1', '--eval_iters=3']
+    assert program(lambda: trainer.main(GPT_MLA), *args)[0] == 0
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train_mla.py', *args]
+    done = subprocess.run([*command, f'--out_dir={tmp_path / "two"}'], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(*(without_times(read_metrics(tmp_path / name)) for name in ('out', 'two')), strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert one[key] == pytest.approx(two[key], abs=1e-5), key
+    done = subprocess.run([*command, '--gradient_accumulation_steps=3'], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error:')]
+    assert done.returncode != 0 and len(errors) == 1 and 'use a multiple of 2' in errors[0]
+
+
+def test_eval_only_writes_nothing(tiny_args, tmp_path, program):
+    code, out, _ = program(trainer.main, *tiny_args, '--eval_only=True')
+    assert code == 0 and out.count('val loss') == 1 and not (tmp_path / 'out').exists()
+    assert program(trainer.main, *tiny_args)[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()}
+    code, out, _ = program(trainer.main, *tiny_args, '--eval_only=True', '--init_from=resume')
+    assert code == 0 and 'step      6' in out
+    assert {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()} == before
+
+
+def test_only_the_best_is_kept_unless_every_one_is_wanted(tiny_args, tmp_path, program):
+    args = tiny_args + ['--learning_rate=0.3', '--decay_lr=False', '--eval_interval=1', '--max_iters=15']
+    for always in (True, False):
+        assert program(trainer.main, *args, f'--always_save_checkpoint={always}')[0] == 0
+        losses = {row['iter']: row['val_loss'] for row in read_metrics(tmp_path / 'out') if 'val_loss' in row}
+        best = min(losses, key=losses.get)
+        assert 0 < best < 15  # it went up again, so the two rules differ
+        checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+        assert checkpoint['iter_num'] == (15 if always else best)
+        assert checkpoint['best_val_loss'] == losses[best]
+
+
+def test_gpt2_weights_are_trained_on_with_a_shorter_context(tiny_args, tmp_path, program, monkeypatch):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    monkeypatch.chdir(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=14, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained('gpt2-local')
+    args = [a for a in tiny_args if not a.startswith(('--n_', '--block_size'))] + ['--init_from=gpt2-local']
+    assert program(trainer.main, *args, '--block_size=8')[0] == 0
+    model, _ = load_model(tmp_path / 'out')
+    assert model.config.block_size == 8 and model.config.gelu == 'tanh'
+    code, _, err = program(trainer.main, *args, '--n_layer=3')
+    assert code == 2 and 'n_layer=3 was asked for' in err
+
+
+def test_wandb_is_imported_only_when_asked_for_and_works_offline(tiny_args, tmp_path):
+    command = [sys.executable, '-c', 'import sys, train\ntrain.main()\nprint("imported", "wandb" in sys.modules)', *tiny_args]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and 'imported False' in done.stdout, done.stderr
+    env = os.environ | {'WANDB_MODE': 'offline', 'WANDB_DIR': str(tmp_path), 'WANDB_SILENT': 'true'}
+    done = subprocess.run([*command, '--wandb_log=True'], cwd=ROOT, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0 and 'imported True' in done.stdout, done.stderr
+    assert list(tmp_path.glob('wandb/offline-run-*/*.wandb'))
