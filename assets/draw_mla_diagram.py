@@ -51,7 +51,7 @@ def main():
            latent=False)
     column(right, 'MLA: all heads read keys and values from one latent $c$\ncache: $c$ alone, n_latent numbers per token and layer',
            latent=True)
-    figure.suptitle('Orange with bold outline: what decoding has to remember of each token. At n_latent = n_embd / 2, MLA's is a quarter of MHA's.',
+    figure.suptitle('Orange with bold outline: what decoding has to remember of each token. At n_latent = n_embd / 2 it is a quarter as much.',
                     fontsize=11)
     figure.savefig(Path(__file__).parent / 'mla_diagram.png', dpi=120)
 
