@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 PYTHON := $(shell for p in python3 python3.12 python3.11 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 RUN := .venv/bin/python
 
 .PHONY: quick test assets clean
@@ -24,7 +24,7 @@ data/shakespeare_char/meta.pkl: | .venv/installed
 	$(RUN) data/shakespeare_char/prepare.py
 
 .venv/installed: requirements.txt
-	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed, $$(python3 --version 2>&1) is what there is: install one, or name it with make PYTHON=..." >&2; exit 2; }
+	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed and was not found: install one, or name it with make PYTHON=/path/to/python))
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -13,7 +13,7 @@ import torch
 
 from configurator import UserError, build
 from data.tokenizer import dataset_tokenizer
-from dataset import DATA
+from dataset import data_folder
 from model import GPT, GPTConfig
 from model_mla import GPT_MLA
 
@@ -34,7 +34,7 @@ def save_checkpoint(path, model, optimizer, scaler, iter_num, best_val_loss, con
         'model_args': {k: v for k, v in asdict(model.config).items() if k not in added or v != added[k]},
         'iter_num': iter_num,
         'best_val_loss': best_val_loss,
-        'config': asdict(config),
+        'config': asdict(config) | asdict(model.config),
         'model_type': model.model_type,
         'tokenizer': tokenizer,
     }
@@ -54,22 +54,26 @@ def read_checkpoint(path, device='cpu'):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
             raise ValueError('it lacks model and model_args')
+        prefix = '_orig_mod.'  # left in the names by torch.compile in old nanoGPT checkpoints
+        checkpoint['model'] = {k.removeprefix(prefix): v for k, v in checkpoint['model'].items()
+                               if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
+        checkpoint['model_args'].setdefault('vocab_size', GPTConfig.vocab_size)
+        tokenizer = checkpoint.get('tokenizer', 'gpt2')
+        if tokenizer != 'gpt2' and not (isinstance(tokenizer, list) and all(isinstance(c, str) for c in tokenizer)):
+            raise ValueError(f"its tokenizer is neither 'gpt2' nor a list of characters")
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # a damaged file can raise nearly anything
         reason = str(e).strip().split('\n')[0][:120]
         raise UserError(f'checkpoint {path} cannot be read, it is damaged or none of this project\'s: '
                         f'{type(e).__name__}: {reason}') from None
-    prefix = '_orig_mod.'  # left in the names by torch.compile in old nanoGPT checkpoints
-    checkpoint['model'] = {k.removeprefix(prefix): v for k, v in checkpoint['model'].items()
-                           if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
     return checkpoint
 
 
 def build_model(checkpoint, path, **overrides):
     """The model that a checkpoint holds, of the class that its model_type names (a GPT where it names none). overrides
     are model settings that do not change the weights' shapes."""
-    name = checkpoint.get('model_type', 'gpt')
+    name = str(checkpoint.get('model_type', 'gpt'))
     if name not in MODELS:
         raise UserError(f"checkpoint {path} has model_type {name!r}; known are {', '.join(MODELS)}")
     try:
@@ -81,14 +85,16 @@ def build_model(checkpoint, path, **overrides):
     return model
 
 
-def checkpoint_tokenizer(checkpoint, path):
-    """What tokenized the text a checkpoint was trained on. One of nanoGPT's does not say, so its data must be there."""
+def checkpoint_tokenizer(checkpoint, path, dataset=None):
+    """What tokenized the text a checkpoint was trained on. One of nanoGPT's does not say: the meta.pkl of dataset
+    (default: the one that its config names) does, and its number of characters must be the model's vocab_size."""
     if 'tokenizer' in checkpoint:
         return checkpoint['tokenizer']
-    tokenizer = dataset_tokenizer(DATA / checkpoint.get('config', {}).get('dataset', ''))
-    if tokenizer == 'gpt2' and checkpoint['model_args']['vocab_size'] < 50257:
-        raise UserError(f'checkpoint {path} carries no tokenizer and the meta.pkl of its dataset is missing: prepare '
-                        'that data first')
+    dataset = dataset or (checkpoint.get('config') or {}).get('dataset', '')
+    tokenizer, vocab_size = dataset_tokenizer(data_folder(dataset)), checkpoint['model_args']['vocab_size']
+    if vocab_size < 50257 if tokenizer == 'gpt2' else vocab_size != len(tokenizer):
+        raise UserError(f"checkpoint {path} carries no tokenizer, and dataset {dataset!r} has no meta.pkl for a "
+                        f'vocabulary of {vocab_size}: prepare the data that it was trained on')
     return tokenizer
 
 
@@ -100,7 +106,9 @@ def from_pretrained(model_class, name, **overrides):
         raise UserError(f'{name} is read with transformers, which is not installed: pip install -r requirements.txt'
                         ) from None
     except (OSError, ValueError, RuntimeError, AttributeError) as e:
-        raise UserError(f'{name} cannot be loaded: {" ".join(str(e).split())[:250]}') from None
+        reason = ' '.join(str(e).split()).split('. ')[0][:200]
+        raise UserError(f'{name} cannot be loaded ({reason}): weights by name need the network once, or give a checkpoint')\
+            from None
 
 
 def load_model(source, device='cpu', model_type=None):
@@ -110,6 +118,8 @@ def load_model(source, device='cpu', model_type=None):
     GPT-2, or a name such as 'gpt2'.
     """
     path = Path(source)
+    if not path.exists() and path.suffix != '.pt' and not str(source).startswith('gpt2'):
+        path = checkpoint_path(path, model_type or 'gpt')
     if path.is_dir() and not (path / 'config.json').exists():
         found = [p for p in (checkpoint_path(path, name) for name in MODELS) if p.exists()]
         wanted = checkpoint_path(path, model_type or 'gpt')

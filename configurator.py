@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import time
 import types
 import typing
 from ast import literal_eval
@@ -30,9 +31,13 @@ def run(main):
     try:
         main()
     except UserError as e:
-        if os.environ.get('LOCAL_RANK', '0') == '0':  # under torchrun, one line per machine
-            print('error:', ' '.join(str(e).split()), file=sys.stderr)
+        if os.environ.get('LOCAL_RANK', '0') != '0':
+            time.sleep(3)  # torchrun ends this process meanwhile if the first one failed too: one line for all
+        print('error:', ' '.join(str(e).split()), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader, for instance head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -63,14 +68,13 @@ def configure(argv, config_class, model_config_class=None, **defaults):
             given |= {k: checked(k, v, hints, f'--{k}') for k, v in [read_option(arg, hints)]}
         else:
             settings = run_config_file(arg, standing | given)
-            given |= {k: checked(k, v, hints, f'{k} in {arg}') for k, v in settings.items()}
+            given |= {k: checked(k, v, hints, f'{arg}: {k}') for k, v in settings.items()}
 
     def pick(settings, cls):
         return {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
     config = build(config_class, pick(defaults | given, config_class))
     if model_config_class is None:
         return config, {}
-    build(model_config_class, pick(defaults | given, model_config_class))
     return config, pick(given, model_config_class)
 
 
@@ -102,7 +106,7 @@ def run_config_file(path, standing):
         line = lines[-1] if lines else getattr(e, 'lineno', None)
         raise UserError(f"config file {path} raised {type(e).__name__}{f' in line {line}' if line else ''}: {e}") from None
     not_keys = (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType)
-    return {k: v for k, v in namespace.items() if not k.startswith('_') and not isinstance(v, not_keys)}
+    return {k: v for k, v in namespace.items() if k in standing or not k.startswith('_') and not isinstance(v, not_keys)}
 
 
 def checked(key, value, hints, where):
@@ -111,6 +115,8 @@ def checked(key, value, hints, where):
         near = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
         raise UserError(f'unknown key {where}' + (f'; did you mean {near[0]}?' if near else '; --help lists the keys'))
     hint = hints[key]
+    if type(value).__module__ == 'numpy' and hasattr(value, 'item'):
+        value = value.item()  # a config file may compute with numpy
     if typing.get_origin(hint) is typing.Literal:
         if any(type(value) is type(option) and value == option for option in typing.get_args(hint)):
             return value
@@ -120,6 +126,8 @@ def checked(key, value, hints, where):
         value = float(value)
     if type(value) not in allowed:
         raise UserError(f'{where}={value!r} must be {describe_type(hint)}')
+    if type(value) is str and '\0' in value:
+        raise UserError(f'{where}={value!r} must be text without null characters')
     if type(value) is float and not math.isfinite(value) or type(value) is int and abs(value) >= 2 ** 63:
         raise UserError(f'{where}={value!r} must be finite and below 2**63')
     return value

@@ -59,17 +59,26 @@ def check_ids(largest, vocab_size, path):
                         'prepared for another vocabulary, so prepare it again or set vocab_size')
 
 
+def data_folder(name):
+    """data/<name>, or the folder at the path name if there is none in data/."""
+    return DATA / name if (DATA / name).is_dir() else Path(name)
+
+
 def open_data(name):
-    """Open data/<name> (or a folder given by its path) as Data. Raises UserError if a bin is missing or damaged."""
-    folder = DATA / name
+    """Open the bins in data_folder(name) as Data. Raises UserError if one is missing or damaged."""
+    try:
+        folder = data_folder(name)
+        is_folder = folder.is_dir()
+    except OSError as e:
+        raise UserError(f'dataset={name} cannot be opened: {e.strerror}') from None
     bins = {}
     for split in SPLITS:
         path = folder / f'{split}.bin'
         again = f'python {folder / "prepare.py"}' if (folder / 'prepare.py').exists() else 'the prepare.py of the data'
         if not path.is_file():
             known = sorted(p.parent.name for p in DATA.glob('*/prepare.py'))
-            raise UserError(f"dataset={name}: {path} is missing: run {again} first" if folder.is_dir() else
-                            f"dataset={name}: there is no folder {folder}; known are {', '.join(known)}")
+            raise UserError(f"dataset={name}: {path} is missing: run {again} first" if is_folder else
+                            f"dataset={name}: there is no folder {DATA / name}; known are {', '.join(known)}")
         size = path.stat().st_size
         if size == 0 or size % 2:
             raise UserError(f'{path} has {size:,} bytes, which is not a row of uint16 tokens: run {again} again')
@@ -77,12 +86,16 @@ def open_data(name):
     return Data(**bins, tokenizer=dataset_tokenizer(folder), folder=folder)
 
 
+def count_windows(n_tokens, block_size):
+    """The windows of an epoch: as many as fit behind any offset below block_size."""
+    return max(1, n_tokens // block_size - 1)
+
+
 @lru_cache(maxsize=4)
 def window_starts(n_tokens, block_size, seed, epoch):
-    """Where the windows of an epoch start: end to end from a random offset, in random order. The number of windows is
-    the same for every epoch."""
+    """Where the windows of an epoch start: end to end from a random offset, in random order."""
     rng = np.random.default_rng((*seed, epoch))
-    n_windows = max(1, n_tokens // block_size - 1)
+    n_windows = count_windows(n_tokens, block_size)
     offset = rng.integers(min(block_size, n_tokens - n_windows * block_size))
     return offset + block_size * rng.permutation(n_windows)
 
@@ -91,8 +104,9 @@ def draw_batch(tokens, batch_size, block_size, seed, number):
     """Batch number of an endless row of them: windows of the tokens, each seen once before any is seen again, in an order
     that seed, a tuple of whole numbers, decides. Returns inputs and the tokens that follow them, two int64 arrays
     (batch_size, block_size)."""
-    n_windows = len(window_starts(len(tokens), block_size, seed, 0))
+    n_windows = count_windows(len(tokens), block_size)
     epochs, places = np.divmod(number * batch_size + np.arange(batch_size), n_windows)
-    starts = np.array([window_starts(len(tokens), block_size, seed, epoch)[i] for epoch, i in zip(epochs.tolist(), places)])
+    starts = {epoch: window_starts(len(tokens), block_size, seed, epoch) for epoch in set(epochs.tolist())}
+    starts = np.array([starts[epoch][place] for epoch, place in zip(epochs.tolist(), places)])
     windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
     return windows[:, :-1], windows[:, 1:]

@@ -1,5 +1,7 @@
 """What 'auto' means for device and dtype on this machine, and a clear line where one is asked for that it lacks."""
 
+from contextlib import nullcontext
+
 import torch
 
 from configurator import UserError
@@ -13,7 +15,7 @@ def pick_device(name, local_rank=None):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device={name!r} is none: use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+        raise UserError(f"device={name!r} is not known: use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
     if device.type == 'cuda':
         count = torch.cuda.device_count()
         index = local_rank if local_rank is not None else device.index or 0
@@ -32,5 +34,12 @@ def pick_device(name, local_rank=None):
 def pick_dtype(name, device_type):
     """'auto', 'float32', 'bfloat16' or 'float16' -> torch.dtype; 'auto' is float32 except on a GPU."""
     if name == 'auto':
-        name = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+        if device_type != 'cuda':
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return getattr(torch, name)
+
+
+def autocast(device_type, dtype):
+    """The context in which a model computes in dtype; float32 needs none."""
+    return nullcontext() if dtype == torch.float32 else torch.amp.autocast(device_type, dtype)

@@ -13,7 +13,7 @@ def generate(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None):
     """
     block_size = model.config.block_size
     for _ in range(max_new_tokens):
-        logits = model(idx[:, -block_size:])[0][:, -1, :n_vocab]  # (B, n_vocab)
+        logits = model(idx[:, -block_size:])[0][:, -1, :n_vocab].float()  # (B, n_vocab); half could overflow below
         if temperature == 0:
             idx_next = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
         else:

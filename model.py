@@ -10,7 +10,6 @@ References
     FLOP count   Chowdhery et al. 2022, "PaLM", appendix B
 """
 
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -208,7 +207,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, source, override_args=None):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a directory that
-        transformers' GPT2LMHeadModel.save_pretrained wrote. Only dropout can be overridden.
+        transformers' GPT2LMHeadModel.save_pretrained wrote. override_args may hold a dropout.
 
         Raises ValueError for a model class whose attention those weights do not fit, OSError where they cannot
         be read.
@@ -220,9 +219,10 @@ class GPT(nn.Module):
         hf = GPT2LMHeadModel.from_pretrained(source)
         c = hf.config
         gelu = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}.get(c.activation_function)
-        if gelu is None or c.scale_attn_by_inverse_layer_idx or c.layer_norm_epsilon != 1e-5:
+        if (gelu is None or c.scale_attn_by_inverse_layer_idx or not c.scale_attn_weights or not c.tie_word_embeddings
+                or c.layer_norm_epsilon != 1e-5):
             raise ValueError(f'{source} is a variant of GPT-2 that model.py does not compute: it needs a GELU, layer '
-                             'norms with epsilon 1e-5 and attention scaled by head_dim alone')
+                             'norms with epsilon 1e-5, tied embeddings and attention scaled by head_dim alone')
         model = cls(cls.config_class(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer,
                                      n_head=c.n_head, n_embd=c.n_embd, bias=True, gelu=gelu, **(override_args or {})))
         # GPT-2's Conv1D keeps its weights the other way round than Linear
@@ -237,8 +237,7 @@ class GPT(nn.Module):
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-        fused = device_type in ('cuda', 'cpu', 'mps') and 'fused' in inspect.signature(torch.optim.AdamW).parameters
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak=None):
         """Model FLOPs utilisation, between 0 and 1: FLOP/s achieved over the device's peak.

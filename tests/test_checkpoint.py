@@ -76,6 +76,10 @@ def test_a_checkpoint_of_nanogpts_loads(tmp_path):
     loaded, tokenizer = ckpt.load_model(tmp_path)
     idx = torch.randint(14, (2, 16))
     assert torch.equal(loaded(idx, idx)[0], model(idx, idx)[0]) and tokenizer == CHARS
+    with open(tmp_path / 'meta.pkl', 'wb') as f:  # of other data: its ids would mean other characters
+        pickle.dump({'itos': dict(enumerate(chars[1:]))}, f)
+    with pytest.raises(UserError, match='no meta.pkl for a vocabulary of 14'):
+        ckpt.load_model(tmp_path)
 
 
 @BOTH
@@ -132,7 +136,8 @@ def test_what_cannot_be_read_is_reported(tmp_path, content, words, capsys):
     (lambda c: c.pop('model_args'), 'lacks model and model_args'),
     (lambda c: c['model_args'].update(n_embd=32), 'do not fit'), (lambda c: c['model_args'].update(rotary=1), 'do not fit'),
     (lambda c: c['model'].popitem(), 'do not fit'), (lambda c: c.update(model_type='mamba'), "model_type 'mamba'"),
-    (lambda c: c['model_args'].update(n_head=3), 'not divisible')])
+    (lambda c: c['model_args'].update(n_head=3), 'not divisible'), (lambda c: c.update(tokenizer=5), 'its tokenizer'),
+    (lambda c: c.update(model=[1]), 'damaged'), (lambda c: c.update(model_type=['gpt']), 'model_type')])
 def test_what_does_not_fit_is_reported(tmp_path, change, words):
     path = tmp_path / 'ckpt.pt'
     save(path, tiny_model(GPT))

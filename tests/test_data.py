@@ -1,6 +1,7 @@
 """The tokenizers and Tiny Shakespeare, from the packages that requirements.txt brings; nothing is downloaded."""
 
 import hashlib
+import http.client
 
 import pytest
 
@@ -63,9 +64,13 @@ def test_order_of_sources(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_download_with_other_bytes_is_not_used(monkeypatch):
+@pytest.mark.parametrize('fault', [None, http.client.IncompleteRead(b'half'), TimeoutError()])
+def test_a_download_that_fails_or_has_other_bytes_is_not_used(fault, monkeypatch):
     class Response:
-        read = staticmethod(lambda: b'<html>login</html>')
+        def read(self):
+            if fault:
+                raise fault
+            return b'<html>login</html>'
         __enter__ = lambda self: self
         __exit__ = lambda self, *args: None
     monkeypatch.setattr(tiny_shakespeare.urllib.request, 'urlopen', lambda url, timeout: Response())

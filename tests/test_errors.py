@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import dataset
 import train
+from conftest import CHARS
 from model_mla import GPT_MLA
 
 ROOT = Path(train.__file__).parent
@@ -65,19 +67,43 @@ def test_bad_data(damage, words, tiny_args, data_dir, tmp_path, program):
 def test_a_mistake_costs_neither_checkpoint_nor_metrics(tiny_args, tmp_path, program):
     assert program(train.main, *tiny_args)[0] == 0
     before = {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()}
+    other = tmp_path / 'other'
+    other.mkdir()
+    dataset.write_splits(other, [0, 1] * 100, [1, 0] * 50, CHARS[::-1])
     for args in (['--n_head=3'], ['--init_from=resume', '--n_layer=3'], ['--vocab_size=5'], ['--device=tpu'],
-                 ['--init_from=resume', '--block_size=8']):
+                 ['--init_from=resume', '--block_size=8'], ['--init_from=resume', f'--dataset={other}'],
+                 ['--init_from=resume', '--max_iters=5'], ['--learning_rate=1e30', '--decay_lr=False', '--eval_interval=1']):
         code, _, err = program(train.main, *tiny_args, *args)
         assert code == 2 and err.count('\n') == 1
+        if 'e30' in args[0]:  # it could only be seen after the run had begun
+            assert 'the loss is nan' in err and (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before['ckpt.pt']
+            (tmp_path / 'out' / 'metrics.jsonl').write_bytes(before['metrics.jsonl'])
+            (tmp_path / 'out' / 'loss.png').write_bytes(before['loss.png'])
     (tmp_path / 'out' / 'ckpt.pt').write_bytes(before['ckpt.pt'][:1000])
     assert program(train.main, *tiny_args, '--init_from=resume')[0] == 2
     (tmp_path / 'out' / 'ckpt.pt').write_bytes(before['ckpt.pt'])
     assert {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()} == before
 
 
+@pytest.mark.parametrize('change', [
+    lambda c: c['optimizer']['state'][0].update(exp_avg=c['optimizer']['state'][0]['exp_avg'][:1]),
+    lambda c: c['optimizer']['state'].pop(0), lambda c: c.update(best_val_loss=None), lambda c: c.update(iter_num='x'),
+    lambda c: c.update(optimizer=None)])
+def test_a_checkpoint_that_cannot_be_resumed(change, tiny_args, tmp_path, program):
+    assert program(train.main, *tiny_args)[0] == 0
+    path = tmp_path / 'out' / 'ckpt.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    metrics = (tmp_path / 'out' / 'metrics.jsonl').read_bytes()
+    code, _, err = program(train.main, *tiny_args, '--init_from=resume', '--max_iters=9')
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1
+    assert (tmp_path / 'out' / 'metrics.jsonl').read_bytes() == metrics
+
+
 def test_a_bin_too_large_to_be_checked_whole_is_checked_batch_by_batch(tiny_args, data_dir, program, monkeypatch):
     tokens = np.fromfile(data_dir / 'train.bin', dtype=np.uint16)
-    tokens[1500:2500] = 40
+    tokens[::16] = 40  # some of them are the first of a window, so in no target
     tokens.tofile(data_dir / 'train.bin')
     monkeypatch.setattr(dataset.Data, 'check', lambda *args: None)
     code, _, err = program(train.main, *tiny_args)

@@ -8,14 +8,16 @@ from model import GPT, GPTConfig
 from model_mla import GPT_MLA
 
 
-@pytest.fixture(scope='module')
-def hugging_face(tmp_path_factory):
-    """A directory with a small GPT-2 of transformers' with random weights, and that model."""
+@pytest.fixture(scope='module', params=['gelu_new', 'gelu'])
+def hugging_face(request, tmp_path_factory):
+    """A directory with a small GPT-2 of transformers' with random weights, and that model. GPT-2's GELU is gelu_new, the
+    tanh form; nanoGPT's is gelu, the exact one."""
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    hf = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=24, n_embd=32, n_layer=3, n_head=4)).eval()
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=24, n_embd=32, n_layer=3, n_head=4,
+                                    activation_function=request.param)).eval()
     for p in hf.parameters():  # norms and biases too, which start at ones and zeros
-        p.data += 0.1 * torch.randn_like(p)
+        p.data += 0.5 * torch.randn_like(p)
     folder = tmp_path_factory.mktemp('hf')
     hf.save_pretrained(folder)
     return folder, hf

@@ -38,12 +38,25 @@ def test_what_it_leaves_behind(trained, data_dir):
     assert (results['mha']['cache_bytes_per_token'], results['mla']['cache_bytes_per_token']) == (2 * 32 * 4, 2 * 8 * 4)
     assert results['settings']['max_iters'] == results['settings']['lr_decay_iters'] == 6
     assert results['settings']['n_latent'] == 8 and results['settings']['seed'] == 1337
+    assert {p.name for p in folder.iterdir()} == {'comparison.png', 'results.json', 'samples.txt', 'ckpt.pt', 'ckpt_mla.pt',
+                                                  'mha', 'mla'}
     assert (folder / 'comparison.png').read_bytes().startswith(b'\x89PNG')
     assert 'MLA / MHA' in out and 'cache bytes per token' in out
     for name, file in (('mha', 'ckpt.pt'), ('mla', 'ckpt_mla.pt')):
         model, _ = load_model(folder / file)
         loss = quick.split_loss(model, open_data(data_dir).val)
         assert loss == pytest.approx(results[name]['val_loss'], abs=1e-6)
+
+
+@pytest.mark.parametrize('losses', [[4.0, 3.9, 3.8], [4.2, 1.9, 1.5], [9.0, 8.0, 7.9]])
+def test_the_picture_shows_the_curves(losses, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(quick.Figure, 'savefig', lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
+    history = [{'iter': i, 'train_loss': loss, 'val_loss': loss} for i, loss in enumerate(losses)]
+    settings = dict(n_layer=1, n_embd=1, n_latent=1)
+    quick.draw_comparison(dict(mha=history, mla=history), dict(mha={'val_loss': 1.0}, mla={'val_loss': 1.0}), settings, 'x')
+    bottom, top = drawn[0].get_ylim()
+    assert bottom < min(losses) < sorted(losses)[1] < top
 
 
 def test_split_loss_predicts_every_token_but_the_first_once():
@@ -61,4 +74,4 @@ def test_split_loss_predicts_every_token_but_the_first_once():
 @pytest.mark.parametrize('arg', ['--init_from=resume', '--eval_only=True', '--max_iters=0'])
 def test_what_makes_no_comparison_is_refused(arg, data_dir, tmp_path, program):
     code, _, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={tmp_path / "quick"}', *SIZE, arg)
-    assert code == 2 and 'trains both models from scratch' in err and not (tmp_path / 'quick').exists()
+    assert code == 2 and 'the comparison' in err and not (tmp_path / 'quick').exists()

@@ -60,5 +60,5 @@ def test_bad_input(args, words, tmp_path, program):
 def test_programs_and_their_default_folders(script, folder, tmp_path):
     command = [sys.executable, ROOT / script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith(f'error: there is no checkpoint {folder}:')
+    assert done.returncode == 2 and done.stderr.startswith(f'error: there is no checkpoint {folder}/ckpt')
     assert done.stderr.count('\n') == 1

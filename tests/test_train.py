@@ -1,5 +1,6 @@
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,18 +69,27 @@ def test_learning_rate_at_hand_computed_points():
     assert learning_rate_at(3, config) == 1.0
 
 
-@BOTH
-def test_a_resumed_run_ends_as_one_that_was_not_stopped(model_class, tiny_args, tmp_path, program):
-    args = tiny_args + ['--dropout=0.2', '--max_iters=9']
+@pytest.mark.parametrize('model_class, dtype', [(GPT, 'float32'), (GPT_MLA, 'float32'), (GPT, 'float16')])
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(model_class, dtype, tiny_args, tmp_path, program, monkeypatch):
+    """Weights, metrics and the state of the scaler of float16, which grows every second step here."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device, enabled=enabled, growth_interval=2))
+    args = tiny_args + ['--dropout=0.2', '--max_iters=9', f'--dtype={dtype}']
     name = checkpoint_path('', model_class.model_type)
     assert program(lambda: trainer.main(model_class), *args)[0] == 0
-    whole, metrics = weights(tmp_path / 'out' / name), read_metrics(tmp_path / 'out')
+    whole, metrics = torch.load(tmp_path / 'out' / name, weights_only=True), read_metrics(tmp_path / 'out')
     half = [f'--out_dir={tmp_path / "half"}']
     # lr_decay_iters is the same, so stopping at 6 is what a machine that dies there would have left
     assert program(lambda: trainer.main(model_class), *args, *half, '--max_iters=6')[0] == 0
-    assert program(lambda: trainer.main(model_class), *args, *half, '--init_from=resume')[0] == 0
-    for key, value in weights(tmp_path / 'half' / name).items():
-        assert torch.equal(value, whole[key]), key
+    with open(tmp_path / 'half' / 'metrics.jsonl', 'a') as f:
+        f.write('{"iter": 6, "lo')  # it died while it wrote a line
+    code, _, err = program(lambda: trainer.main(model_class), *args, *half, '--init_from=resume')
+    assert code == 0 and '1 damaged line' in err
+    resumed = torch.load(tmp_path / 'half' / name, weights_only=True)
+    for key, value in resumed['model'].items():
+        assert torch.equal(value, whole['model'][key]), key
+    for key in ('scaler', 'iter_num', 'best_val_loss'):
+        assert resumed[key] == whole[key], key
     assert without_times(read_metrics(tmp_path / 'half')) == without_times(metrics)
 
 
@@ -119,6 +129,25 @@ def test_two_processes_see_what_one_sees(tiny_args, tmp_path, program):
     done = subprocess.run([*command, '--gradient_accumulation_steps=3'], cwd=ROOT, capture_output=True, text=True, timeout=120)
     errors = [line for line in done.stderr.splitlines() if line.startswith('error:')]
     assert done.returncode != 0 and len(errors) == 1 and 'use a multiple of 2' in errors[0]
+
+
+def test_the_best_val_loss_outlives_a_resume(tiny_args, tmp_path, program):
+    args = tiny_args + ['--decay_lr=False', '--always_save_checkpoint=False']
+    assert program(trainer.main, *args)[0] == 0
+    before = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    worse = ['--init_from=resume', '--max_iters=8', '--learning_rate=3', '--eval_interval=100']
+    assert program(trainer.main, *args, *worse)[0] == 0
+    assert read_metrics(tmp_path / 'out')[-1]['val_loss'] > read_metrics(tmp_path / 'out')[0]['val_loss']
+    assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on a CPU')
+def test_a_compiled_model_learns_the_same(tiny_args, tmp_path, program):
+    losses = []
+    for switch in (False, True):
+        assert program(lambda: trainer.main(GPT_MLA), *tiny_args, f'--compile={switch}', f'--out_dir={tmp_path / str(switch)}')[0] == 0
+        losses.append([row['loss'] for row in read_metrics(tmp_path / str(switch)) if 'loss' in row])
+    np.testing.assert_allclose(*losses, atol=1e-4)
 
 
 def test_eval_only_writes_nothing(tiny_args, tmp_path, program):
