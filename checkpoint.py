@@ -60,7 +60,7 @@ def read_checkpoint(path, device='cpu'):
         checkpoint['model_args'].setdefault('vocab_size', GPTConfig.vocab_size)
         tokenizer = checkpoint.get('tokenizer', 'gpt2')
         if tokenizer != 'gpt2' and not (isinstance(tokenizer, list) and all(isinstance(c, str) for c in tokenizer)):
-            raise ValueError(f"its tokenizer is neither 'gpt2' nor a list of characters")
+            raise ValueError("its tokenizer is neither 'gpt2' nor a list of characters")
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # a damaged file can raise nearly anything

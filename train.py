@@ -135,10 +135,15 @@ def make_model(model_class, config, model_args, data, device):
             raise UserError(f'dataset={config.dataset} has another vocabulary than the one that checkpoint {path} was '
                             'trained on: use the same data')
         iter_num = checkpoint.get('iter_num')
-        if type(iter_num) is not int or not 0 <= iter_num <= config.max_iters:
+        if type(iter_num) is not int or iter_num < 0:
+            raise UserError(f'checkpoint {path} has iter_num={iter_num!r}, which is no iteration to resume from')
+        if iter_num > config.max_iters and not config.eval_only:
             raise UserError(f'checkpoint {path} is at iteration {iter_num}, max_iters={config.max_iters}: nothing is left '
                             'to train, so give a larger max_iters')
     else:
+        if data.tokenizer != 'gpt2':
+            raise UserError(f"dataset={config.dataset} holds characters, init_from={config.init_from} was trained on GPT-2's "
+                            'byte pairs: use data prepared with those, such as dataset=shakespeare')
         checkpoint, model = None, from_pretrained(model_class, config.init_from, **kept)
         if model_args.get('block_size', math.inf) < model.config.block_size:
             model.crop_block_size(model_args['block_size'])
@@ -163,7 +168,8 @@ def learning_rate_at(iter_num, config):
 
 def train(model_class, config, model_args):
     """Train a model_class by a TrainConfig. model_args are the model settings that were asked for; the data and the
-    class decide the others. Returns a Result. Raises UserError for what is wrong, before anything is written."""
+    class decide the others. Returns a Result. Raises UserError for what is wrong, before anything is written, and for a
+    loss that is not finite."""
     with process_group(config) as (rank, world_size, device, device_type):
         return training_loop(model_class, config, model_args, rank, world_size, device, device_type)
 

@@ -32,7 +32,7 @@ def write_tokens(path, tokens):
     (['--dataset=nothing'], 'dataset=nothing: there is no folder'),
     (['--init_from=resume'], 'there is no checkpoint'),
     (['--init_from=bert'], "init_from='bert' must be"),
-    (['--init_from=gpt2'], 'multi-head attention'),
+    (['--init_from=gpt2'], "was trained on GPT-2's byte pairs"),
     (['--device=cuda:99'], "device='cuda:99'"),
     (['--device=gpu'], "device='gpu'"),
     (['--dtype=float8'], "--dtype='float8' must be auto, float32, bfloat16 or float16"),
@@ -47,6 +47,12 @@ def test_bad_input(args, words, tiny_args, tmp_path, program):
     code, _, err = program(lambda: train.main(GPT_MLA), *tiny_args, *args)
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and words in err
     assert not (tmp_path / 'out').exists()
+
+
+def test_gpt2s_weights_do_not_fit_mla(tiny_args, data_dir, program):
+    (data_dir / 'meta.pkl').unlink()
+    code, _, err = program(lambda: train.main(GPT_MLA), *tiny_args, '--init_from=gpt2')
+    assert code == 2 and 'multi-head attention' in err
 
 
 def test_device_cuda_without_one(tiny_args, program, monkeypatch):

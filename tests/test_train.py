@@ -172,9 +172,12 @@ def test_only_the_best_is_kept_unless_every_one_is_wanted(tiny_args, tmp_path, p
         assert checkpoint['best_val_loss'] == losses[best]
 
 
-def test_gpt2_weights_are_trained_on_with_a_shorter_context(tiny_args, tmp_path, program, monkeypatch):
+def test_gpt2_weights_are_trained_on_with_a_shorter_context(tiny_args, tmp_path, data_dir, program, monkeypatch):
     from transformers import GPT2Config, GPT2LMHeadModel
     monkeypatch.chdir(tmp_path)
+    code, _, err = program(trainer.main, *tiny_args, '--init_from=gpt2-local')
+    assert code == 2 and 'holds characters' in err
+    (data_dir / 'meta.pkl').unlink()  # then the tokens count as GPT-2's
     GPT2LMHeadModel(GPT2Config(vocab_size=14, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained('gpt2-local')
     args = [a for a in tiny_args if not a.startswith(('--n_', '--block_size'))] + ['--init_from=gpt2-local']
     assert program(trainer.main, *args, '--block_size=8')[0] == 0
