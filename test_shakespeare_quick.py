@@ -110,7 +110,7 @@ def draw_comparison(histories, results, settings, path):
     lowest = min(row['val_loss'] for history in histories.values() for row in history if 'val_loss' in row)
     ax.set_ylim(top=min(ax.get_ylim()[1], lowest + 1.2))  # the start, which is the same for all, would flatten the rest
     ax.set_xlim(left=0)
-    ax.set_title(f"MHA and MLA on Shakespeare, same data in the same order\n"
+    ax.set_title(f"MHA and MLA on {Path(settings['dataset']).name}, same data in the same order\n"
                  f"{settings['n_layer']} layers, {settings['n_embd']} wide, latent {settings['n_latent']}; "
                  f"whole val split: MHA {results['mha']['val_loss']:.4f}, MLA {results['mla']['val_loss']:.4f} "
                  f'({gap:+.1%})', fontsize=10)

@@ -142,8 +142,8 @@ def make_model(model_class, config, model_args, data, device):
                             'to train, so give a larger max_iters')
     else:
         if data.tokenizer != 'gpt2':
-            raise UserError(f"dataset={config.dataset} holds characters, init_from={config.init_from} was trained on GPT-2's "
-                            'byte pairs: use data prepared with those, such as dataset=shakespeare')
+            raise UserError(f'dataset={config.dataset} holds characters, init_from={config.init_from} was trained on '
+                            "GPT-2's byte pairs: use data prepared with those, such as dataset=shakespeare")
         checkpoint, model = None, from_pretrained(model_class, config.init_from, **kept)
         if model_args.get('block_size', math.inf) < model.config.block_size:
             model.crop_block_size(model_args['block_size'])
@@ -269,8 +269,8 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
                 durations.append(seconds_per_iter())
             losses = estimate_loss()
             if not math.isfinite(losses['train_loss'] + losses['val_loss']):
-                raise UserError(f"the loss is {losses['train_loss']} in training and {losses['val_loss']} in validation at "
-                                f'iteration {iter_num}, so the run stops and keeps the checkpoint that it has: '
+                raise UserError(f"the loss is {losses['train_loss']} in training and {losses['val_loss']} in validation "
+                                f'at iteration {iter_num}, so the run stops and keeps the checkpoint that it has: '
                                 f'try a lower learning_rate than {config.learning_rate}')
             if master and not config.eval_only and not rewritten:
                 write_metrics(metrics, history)  # not before a whole evaluation went well

@@ -47,12 +47,12 @@ def column(ax, title, latent):
 def main():
     figure = Figure(figsize=(11, 5.2), layout='constrained')
     left, right = figure.subplots(1, 2)
-    column(left, 'MHA: every head reads its keys and values from $x$\ncache: $k$ and $v$, 2 n_embd numbers per token and layer',
-           latent=False)
-    column(right, 'MLA: all heads read keys and values from one latent $c$\ncache: $c$ alone, n_latent numbers per token and layer',
-           latent=True)
-    figure.suptitle('Orange with bold outline: what decoding has to remember of each token. At n_latent = n_embd / 2 it is a quarter as much.',
-                    fontsize=11)
+    column(left, 'MHA: every head reads its keys and values from $x$\n'
+                 'cache: $k$ and $v$, 2 n_embd numbers per token and layer', latent=False)
+    column(right, 'MLA: all heads read keys and values from one latent $c$\n'
+                  'cache: $c$ alone, n_latent numbers per token and layer', latent=True)
+    figure.suptitle('Orange with bold outline: what decoding has to remember of each token. At n_latent = n_embd / 2, MLA '
+                    'remembers a quarter of what MHA does.', fontsize=11)
     figure.savefig(Path(__file__).parent / 'mla_diagram.png', dpi=120)
 
 

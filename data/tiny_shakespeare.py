@@ -86,7 +86,7 @@ def load_text(folder):
         os.replace(partial, path)
     print(f'source     {source}')
     print('canonical  ' + ('yes, byte for byte' if is_canonical(text) else
-                           f'no, so losses differ a little from published ones; put the canonical text at {path} if you have it'))
+                           'no, so losses differ a little from published ones'))
     try:
         return text.decode('utf-8')
     except UnicodeDecodeError as e:

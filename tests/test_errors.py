@@ -32,7 +32,7 @@ def write_tokens(path, tokens):
     (['--dataset=nothing'], 'dataset=nothing: there is no folder'),
     (['--init_from=resume'], 'there is no checkpoint'),
     (['--init_from=bert'], "init_from='bert' must be"),
-    (['--init_from=gpt2'], "was trained on GPT-2's byte pairs"),
+    (['--init_from=gpt2'], "GPT-2's byte pairs"),
     (['--device=cuda:99'], "device='cuda:99'"),
     (['--device=gpu'], "device='gpu'"),
     (['--dtype=float8'], "--dtype='float8' must be auto, float32, bfloat16 or float16"),

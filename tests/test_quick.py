@@ -53,7 +53,7 @@ def test_the_picture_shows_the_curves(losses, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(quick.Figure, 'savefig', lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
     history = [{'iter': i, 'train_loss': loss, 'val_loss': loss} for i, loss in enumerate(losses)]
-    settings = dict(n_layer=1, n_embd=1, n_latent=1)
+    settings = dict(dataset='d', n_layer=1, n_embd=1, n_latent=1)
     quick.draw_comparison(dict(mha=history, mla=history), dict(mha={'val_loss': 1.0}, mla={'val_loss': 1.0}), settings, 'x')
     bottom, top = drawn[0].get_ylim()
     assert bottom < min(losses) < sorted(losses)[1] < top
