@@ -27,7 +27,7 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main(). A UserError ends the program with its one line and exit code 2, and nothing else is caught."""
+    """Call main(). A UserError ends the program with its one line and exit code 2; errors of the project's own give a traceback."""
     try:
         main()
     except UserError as e:
