@@ -109,4 +109,4 @@ def draw_batch(tokens, batch_size, block_size, seed, number):
     starts = {epoch: window_starts(len(tokens), block_size, seed, epoch) for epoch in set(epochs.tolist())}
     starts = np.array([starts[epoch][place] for epoch, place in zip(epochs.tolist(), places)])
     windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
-    return windows[:, :-1], windows[:, 1:]
+    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])  # which copy to a GPU at once

@@ -59,8 +59,8 @@ def split_loss(model, tokens, dtype=torch.float32, batch_size=64):
         windows = np.stack([tokens[i:i + block_size + 1] for i in group]).astype(np.int64)  # (B, T + 1)
         windows = torch.from_numpy(windows).to(device)
         with autocast(device.type, dtype):
-            total += model(windows[:, :-1], windows[:, 1:])[1].double() * windows[:, 1:].numel()
-    return (total / (len(tokens) - 1)).item()
+            total += model(windows[:, :-1], windows[:, 1:])[1].item() * windows[:, 1:].numel()
+    return total / (len(tokens) - 1)
 
 
 def measure(result, data, config):

@@ -96,7 +96,7 @@ class Result:
 @contextmanager
 def process_group(config):
     """Join the processes that torchrun started: yields rank, world_size, device and its type; 0 and 1 without torchrun."""
-    parallel = 'RANK' in os.environ
+    parallel = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= os.environ.keys()
     world_size = int(os.environ['WORLD_SIZE']) if parallel else 1
     device, device_type = pick_device(config.device, int(os.environ['LOCAL_RANK']) if parallel else None)
     if config.gradient_accumulation_steps % world_size:
@@ -111,10 +111,8 @@ def process_group(config):
     if not dist.is_backend_available(backend):
         raise UserError(f"backend={backend!r} is not available in this torch: use 'nccl', 'gloo' or 'auto'")
     dist.init_process_group(backend)
-    try:
-        yield dist.get_rank(), world_size, device, device_type
-    finally:
-        dist.destroy_process_group()
+    yield dist.get_rank(), world_size, device, device_type
+    dist.destroy_process_group()  # not after an error in one process: it would wait for the others
 
 
 def make_model(model_class, config, model_args, data, device):
@@ -199,9 +197,9 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
 
     micro_steps = config.gradient_accumulation_steps // world_size  # of this process
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * block_size
-    wandb = start_wandb(config, model.config) if master and config.wandb_log else None
     metrics = Path(config.out_dir) / 'metrics.jsonl'
     history = open_metrics(metrics, iter_num) if master and not config.eval_only else []
+    wandb = start_wandb(config, model.config) if master and config.wandb_log else None
     progress = tqdm(initial=iter_num, total=config.max_iters, unit='iter', dynamic_ncols=True,
                     disable=not (master and sys.stderr.isatty() and not config.eval_only))
     say = (lambda line: None) if not master else print if progress.disable else progress.write
@@ -240,11 +238,10 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
 
     def record(row):
         """Keep a row of metrics where a person, a plot and wandb find it."""
-        if not master or config.eval_only:
-            return
-        history.append(row)
-        with open(metrics, 'a') as f:
-            f.write(json.dumps(row) + '\n')
+        if master and not config.eval_only:
+            history.append(row)
+            with open(metrics, 'a') as f:
+                f.write(json.dumps(row) + '\n')
         if wandb:
             names = {'loss': 'train/batch_loss', 'train_loss': 'train/loss', 'val_loss': 'val/loss'}
             row = row | {'mfu': 100 * row['mfu']} if 'mfu' in row else row  # in percent, as nanoGPT logs it
@@ -284,7 +281,10 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
                     path = checkpoint_path(config.out_dir, model_class.model_type)
                     save_checkpoint(path, model, optimizer, scaler, iter_num, best_val_loss, config, data.tokenizer)
                     saved = f' | saved {path}'
-                draw_loss(history, model_class.__name__, Path(config.out_dir) / 'loss.png')
+                try:
+                    draw_loss(history, model_class.__name__, Path(config.out_dir) / 'loss.png')
+                except OSError as e:
+                    say(f'warning: {e.filename} cannot be written ({e.strerror}); training goes on')
             say(f"step {iter_num:6d} | train loss {losses['train_loss']:.4f} | val loss {losses['val_loss']:.4f}{saved}")
             unlogged, t0 = 0, time.perf_counter()
         if iter_num >= config.max_iters or config.eval_only:
@@ -336,7 +336,10 @@ def restore(checkpoint, optimizer, scaler):
     """The optimizer and the scaler as they were, and the iteration and the best val loss, which are returned. A checkpoint
     of nanoGPT's has no scaler."""
     try:
+        asked_for = [(group['betas'], group['weight_decay']) for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint['optimizer'])
+        for group, (betas, weight_decay) in zip(optimizer.param_groups, asked_for):
+            group.update(betas=betas, weight_decay=weight_decay)
         for group in optimizer.param_groups:
             for p in group['params']:
                 if not p.shape == optimizer.state[p]['exp_avg'].shape == optimizer.state[p]['exp_avg_sq'].shape:

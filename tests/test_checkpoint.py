@@ -104,6 +104,7 @@ def test_a_folder_with_both_gives_the_one_asked_for(tmp_path):
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / 'ckpt.pt'
     save(path, tiny_model(GPT))
+    assert [p.name for p in tmp_path.iterdir()] == ['ckpt.pt']
     before = path.read_bytes()
 
     def full_disk(checkpoint, f):

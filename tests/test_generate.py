@@ -48,6 +48,21 @@ def test_distribution_temperature_padding_and_top_k():
     assert frequencies(4, temperature=0)[1] == 1
 
 
+def test_the_model_sees_the_last_block_size_tokens():
+    seen = []
+    model = FixedLogits([1.0, 2.0])
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    out = generate(model, torch.tensor([[0, 1]]), 5, 2)
+    for i, window in enumerate(seen):
+        assert torch.equal(window, out[:, max(0, i + 2 - 4):i + 2])
+
+
+def test_half_precision_does_not_overflow_at_a_low_temperature():
+    model = FixedLogits([-90.0, -80.0, -100.0]).half()
+    model.logits = model.logits.half()
+    assert generate(model, torch.zeros(1, 1, dtype=torch.long), 3, 3, temperature=1e-3)[0].tolist() == [0, 1, 1, 1]
+
+
 @pytest.mark.parametrize('seed', [1, 2])
 def test_a_seed_decides_the_sample(seed):
     model = tiny_model(GPT)

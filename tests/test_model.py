@@ -120,6 +120,30 @@ def test_number_of_parameters_is_that_of_gpt2():
     assert model.get_num_params() == 124_439_808 - 1024 * 768
 
 
+def test_dropout_acts_on_embeddings_and_mlp_too():
+    model = tiny_model(GPT, dropout=0.5).train()
+    x, idx = torch.randn(4, 16, 16), torch.randint(14, (1, 16))
+    assert 0.4 < (model.transformer.h[0].mlp(x) == 0).float().mean() < 0.6
+    model.transformer.h = torch.nn.ModuleList()  # what is left is the embeddings
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@BOTH
+def test_biases_start_at_zero(model_class):
+    biases = [p for name, p in tiny_model(model_class, bias=True).named_parameters() if name.endswith('bias')]
+    assert biases and not any(p.any() for p in biases)
+
+
+@pytest.mark.parametrize('variant', [dict(layer_norm_epsilon=1e-6), dict(scale_attn_by_inverse_layer_idx=True),
+                                     dict(activation_function='relu')])
+def test_variants_of_gpt2_that_it_does_not_compute_are_refused(variant, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    settings = dict(vocab_size=14, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    GPT2LMHeadModel(GPT2Config(**settings, **variant)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='variant of GPT-2'):
+        GPT.from_pretrained(str(tmp_path))
+
+
 def test_initial_standard_deviations():
     model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128))
     for name, p in model.named_parameters():

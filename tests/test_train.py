@@ -34,6 +34,9 @@ def test_it_learns_and_leaves_checkpoint_metrics_and_picture(model_class, tiny_a
     assert abs(evaluations[0]['val_loss'] - math.log(14)) < 0.1
     assert evaluations[-1]['val_loss'] < 2.0
     assert [row['iter'] for row in rows if 'loss' in row] == list(range(60))
+    for row in rows:
+        if 'loss' in row:  # 2 micro-batches of 4 sequences of 16 tokens
+            assert row['tokens_per_second'] * row['ms_per_iter'] == pytest.approx(2 * 4 * 16 * 1e3)
     assert (tmp_path / 'out' / 'loss.png').read_bytes().startswith(b'\x89PNG')
     model, tokenizer = load_model(checkpoint_path(tmp_path / 'out', model_class.model_type))
     assert type(model) is model_class and len(tokenizer) == 14
@@ -58,6 +61,38 @@ def test_a_step_is_adamws_on_the_clipped_mean_gradient(tiny_args, tmp_path, data
         # after one step Adam's bias-corrected mean and variance are the gradient and its square
         wanted = p.data * (1 - 1e-2 * decay) - 1e-2 * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(weights(tmp_path / 'out' / 'ckpt.pt')[name], wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_dropout_is_on_in_steps_and_off_in_evaluations_and_differs_from_batch_to_batch(tiny_args, program, monkeypatch):
+    seen = []
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, 'forward', lambda self, *args: seen.append((self.training, torch.initial_seed()))
+                        or forward(self, *args))
+    assert program(trainer.main, *tiny_args, '--eval_iters=3')[0] == 0
+    evaluation, steps = [False] * 6, [True] * 6  # two splits of three batches; three iterations of two micro-batches
+    assert [training for training, _ in seen] == evaluation + steps + evaluation + steps + evaluation
+    seeds = [seed for training, seed in seen if training]
+    assert len(set(seeds)) == len(seeds) == 12
+
+
+def test_a_float16_step_clips_the_gradient_that_float32_clips(tiny_args, tmp_path, program):
+    means = []
+    for dtype in ('float32', 'float16'):
+        args = ['--max_iters=1', '--grad_clip=0.05', f'--dtype={dtype}', f'--out_dir={tmp_path / dtype}']
+        assert program(trainer.main, *tiny_args, *args)[0] == 0
+        state = torch.load(tmp_path / dtype / 'ckpt.pt', weights_only=True)['optimizer']['state']
+        means.append(torch.cat([state[i]['exp_avg'].flatten() for i in sorted(state)]))
+    assert means[0].norm() == pytest.approx(0.1 * 0.05, rel=1e-3)  # (1 - beta1) times the clipped gradient
+    assert (means[0] - means[1]).norm() < 0.05 * means[0].norm()
+
+
+def test_adamws_settings_are_those_asked_for_on_a_resume_too(tiny_args, tmp_path, program):
+    for settings in (['--beta1=0.8', '--beta2=0.99', '--weight_decay=0.3'],
+                     ['--beta1=0.7', '--beta2=0.9', '--weight_decay=0.2', '--init_from=resume', '--max_iters=7']):
+        assert program(trainer.main, *tiny_args, *settings)[0] == 0
+        groups = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['optimizer']['param_groups']
+        beta1, beta2, decay = (float(s.split('=')[1]) for s in settings[:3])
+        assert [(tuple(g['betas']), g['weight_decay']) for g in groups] == [((beta1, beta2), decay), ((beta1, beta2), 0.0)]
 
 
 def test_learning_rate_at_hand_computed_points():
