@@ -117,18 +117,16 @@ def load_model(source, device='cpu', model_type=None):
     source is a checkpoint, an out_dir (its only checkpoint, or the one of model_type), the directory of a Hugging Face
     GPT-2, or a name such as 'gpt2'.
     """
-    path = Path(source)
-    if not path.exists() and path.suffix != '.pt' and not str(source).startswith('gpt2'):
-        path = checkpoint_path(path, model_type or 'gpt')
-    if path.is_dir() and not (path / 'config.json').exists():
-        found = [p for p in (checkpoint_path(path, name) for name in MODELS) if p.exists()]
-        wanted = checkpoint_path(path, model_type or 'gpt')
-        if len(found) > 1 and wanted not in found:
-            raise UserError(f"{path} has several checkpoints: give one of {', '.join(map(str, found))}")
-        path = found[0] if len(found) == 1 else wanted
-    if str(source).startswith('gpt2') and not path.exists() or path.is_dir():
-        model, tokenizer = from_pretrained(MODELS[model_type or 'gpt'], str(source)), 'gpt2'
+    path, model_type = Path(source), model_type or 'gpt'
+    if (path / 'config.json').exists() or str(source).startswith('gpt2') and not path.exists():
+        model, tokenizer = from_pretrained(MODELS[model_type], str(source)), 'gpt2'
     else:
+        if path.is_dir() or not path.exists() and path.suffix != '.pt':  # an out_dir
+            found = [p for p in (checkpoint_path(path, name) for name in MODELS) if p.exists()]
+            wanted = checkpoint_path(path, model_type)
+            if len(found) > 1 and wanted not in found:
+                raise UserError(f"{path} has several checkpoints: give one of {', '.join(map(str, found))}")
+            path = found[0] if len(found) == 1 else wanted
         checkpoint = read_checkpoint(path)
         model, tokenizer = build_model(checkpoint, path), checkpoint_tokenizer(checkpoint, path)
     return model.to(device).eval(), tokenizer

@@ -27,7 +27,8 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main(). A UserError ends the program with its one line and exit code 2; errors of the project's own give a traceback."""
+    """Call main(). A UserError ends the program with its one line and exit code 2; errors of the project's own
+    give a traceback."""
     try:
         main()
     except UserError as e:
@@ -65,21 +66,19 @@ def configure(argv, config_class, model_config_class=None, **defaults):
         sys.exit(0)
     for arg in argv:
         if arg.startswith('-'):
-            given |= {k: checked(k, v, hints, f'--{k}') for k, v in [read_option(arg, hints)]}
+            settings, prefix = read_option(arg, hints), '--'
         else:
-            settings = run_config_file(arg, standing | given)
-            given |= {k: checked(k, v, hints, f'{arg}: {k}') for k, v in settings.items()}
+            settings, prefix = run_config_file(arg, standing | given), f'{arg}: '
+        given |= {key: checked(key, value, hints, prefix + key) for key, value in settings.items()}
 
     def pick(settings, cls):
         return {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
     config = build(config_class, pick(defaults | given, config_class))
-    if model_config_class is None:
-        return config, {}
-    return config, pick(given, model_config_class)
+    return config, pick(given, model_config_class) if model_config_class else {}
 
 
 def read_option(arg, hints):
-    """'--key=value' -> key, value; the value of a key that is not text is read as a Python literal."""
+    """'--key=value' -> {key: value}; the value of a key that is not text is read as a Python literal."""
     key, equals, value = arg.removeprefix('--').partition('=')
     if not arg.startswith('--') or not equals:
         raise UserError(f"{arg!r} is not understood: options are written --key=value, for instance "
@@ -89,7 +88,7 @@ def read_option(arg, hints):
             value = literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             pass  # stays text, which the check of its type will judge
-    return key, value
+    return {key: value}
 
 
 def run_config_file(path, standing):

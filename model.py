@@ -136,8 +136,8 @@ class Block(nn.Module):
 
 
 # Dense bf16 peaks in FLOP/s from the vendor's data sheets; the first key that occurs in the device's name counts.
-PEAK_FLOPS = {'GB200': 2500e12, 'B200': 2250e12, 'H200 NVL': 835e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12,
-              'H100': 989e12, 'A100': 312e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+PEAK_FLOPS = {'GB200': 2500e12, 'B200': 2250e12, 'H200 NVL': 835e12, 'H200': 989e12, 'H100 PCIe': 756e12,
+              'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
 
 
 class GPT(nn.Module):

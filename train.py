@@ -173,7 +173,8 @@ def train(model_class, config, model_args):
 
 
 def training_loop(model_class, config, model_args, rank, world_size, device, device_type):
-    master = rank == 0  # the process that prints and writes
+    master = rank == 0  # the process that prints
+    writes = master and not config.eval_only
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision('high')  # tf32
     data = open_data(config.dataset)
@@ -198,7 +199,7 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
     micro_steps = config.gradient_accumulation_steps // world_size  # of this process
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * block_size
     metrics = Path(config.out_dir) / 'metrics.jsonl'
-    history = open_metrics(metrics, iter_num) if master and not config.eval_only else []
+    history = open_metrics(metrics, iter_num) if writes else []
     wandb = start_wandb(config, model.config) if master and config.wandb_log else None
     progress = tqdm(initial=iter_num, total=config.max_iters, unit='iter', dynamic_ncols=True,
                     disable=not (master and sys.stderr.isatty() and not config.eval_only))
@@ -238,7 +239,7 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
 
     def record(row):
         """Keep a row of metrics where a person, a plot and wandb find it."""
-        if master and not config.eval_only:
+        if writes:
             history.append(row)
             with open(metrics, 'a') as f:
                 f.write(json.dumps(row) + '\n')
@@ -269,12 +270,12 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
                 raise UserError(f"the loss is {losses['train_loss']} in training and {losses['val_loss']} in validation "
                                 f'at iteration {iter_num}, so the run stops and keeps the checkpoint that it has: '
                                 f'try a lower learning_rate than {config.learning_rate}')
-            if master and not config.eval_only and not rewritten:
+            if writes and not rewritten:
                 write_metrics(metrics, history)  # not before a whole evaluation went well
                 rewritten = True
             record({'iter': iter_num, **losses, 'lr': lr})
             saved = ''
-            if master and not config.eval_only:
+            if writes:
                 best = losses['val_loss'] < best_val_loss
                 best_val_loss = min(losses['val_loss'], best_val_loss)
                 if iter_num > 0 and (best or config.always_save_checkpoint):
