@@ -18,25 +18,25 @@ from model import GPT, GPTConfig
 from model_mla import GPT_MLA
 
 MODELS = {cls.model_type: cls for cls in (GPT, GPT_MLA)}
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
 def checkpoint_path(out_dir, model_type):
     return Path(out_dir) / ('ckpt.pt' if model_type == 'gpt' else f'ckpt_{model_type}.pt')
 
 
-def save_checkpoint(path, model, optimizer, scaler, iter_num, best_val_loss, config, tokenizer):
-    """Write the whole state of a run. The file at path is either the old one or the new one, never half of it."""
+def save_checkpoint(path, model, tokenizer, config, iter_num, **state):
+    """Write a model and the state of its run: config is a dictionary of settings, state what else to remember, such as
+    the optimizer's. The file at path is either the old one or the new one, never half of it."""
     added = {'gelu': GPTConfig.gelu}  # nanoGPT has no such key, so it is written only where it says something
     checkpoint = {
         'model': model.state_dict(),
-        'optimizer': optimizer.state_dict(),
-        'scaler': scaler.state_dict(),
         'model_args': {k: v for k, v in asdict(model.config).items() if k not in added or v != added[k]},
         'iter_num': iter_num,
-        'best_val_loss': best_val_loss,
-        'config': asdict(config) | asdict(model.config),
+        'config': config | asdict(model.config),
         'model_type': model.model_type,
         'tokenizer': tokenizer,
+        **state,
     }
     partial = f'{path}.partial'
     with open(partial, 'wb') as f:
@@ -46,12 +46,13 @@ def save_checkpoint(path, model, optimizer, scaler, iter_num, best_val_loss, con
     os.replace(partial, path)
 
 
-def read_checkpoint(path, device='cpu'):
-    """The dictionary in the file at path, its tensors on device. Raises UserError if there is none, or none to trust."""
+def read_checkpoint(path, device='cpu', mmap=False):
+    """The dictionary in the file at path, its tensors on device. With mmap they stay in the file until they are used.
+    Raises UserError if there is none, or none to trust."""
     if not Path(path).is_file():
         raise UserError(f'there is no checkpoint {path}: train one first, or give another out_dir')
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
             raise ValueError('it lacks model and model_args')
         prefix = '_orig_mod.'  # left in the names by torch.compile in old nanoGPT checkpoints
@@ -71,18 +72,17 @@ def read_checkpoint(path, device='cpu'):
 
 
 def build_model(checkpoint, path, **overrides):
-    """The model that a checkpoint holds, of the class that its model_type names (a GPT where it names none). overrides
-    are model settings that do not change the weights' shapes."""
+    """The model that a checkpoint holds, in float32, of the class that its model_type names (a GPT where it names none).
+    overrides are model settings that do not change the weights' shapes."""
     name = str(checkpoint.get('model_type', 'gpt'))
     if name not in MODELS:
         raise UserError(f"checkpoint {path} has model_type {name!r}; known are {', '.join(MODELS)}")
     try:
-        model = MODELS[name](build(MODELS[name].config_class, {**checkpoint['model_args'], **overrides}))
-        model.load_state_dict(checkpoint['model'])
+        config = build(MODELS[name].config_class, {**checkpoint['model_args'], **overrides})
+        return MODELS[name].from_state_dict(config, checkpoint['model']).float()
     except (TypeError, RuntimeError) as e:
         reason = ' '.join(str(e).split())[:200]
         raise UserError(f'the weights in checkpoint {path} do not fit its model_args: {reason}') from None
-    return model
 
 
 def checkpoint_tokenizer(checkpoint, path, dataset=None):
@@ -105,31 +105,43 @@ def from_pretrained(model_class, name, **overrides):
     except ImportError:
         raise UserError(f'{name} is read with transformers, which is not installed: pip install -r requirements.txt'
                         ) from None
-    except (OSError, ValueError, RuntimeError, AttributeError) as e:
+    except Exception as e:  # a damaged file can raise nearly anything
         reason = ' '.join(str(e).split()).split('. ')[0][:200]
-        raise UserError(f'{name} cannot be loaded ({reason}): weights by name need the network once, or give a checkpoint')\
-            from None
+        remedy = 'the network is needed once' if name in GPT2_NAMES else 'give the directory of a GPT-2, or a checkpoint'
+        raise UserError(f'{name} cannot be loaded ({type(e).__name__}: {reason}): {remedy}') from None
 
 
-def load_model(source, device='cpu', model_type=None):
-    """A trained model in eval mode on device, and what tokenizes its text ('gpt2' or a list of characters).
+def is_hugging_face(source):
+    """Whether source is a GPT-2 by name or the directory of a Hugging Face model, and not a checkpoint or an out_dir."""
+    return (Path(source) / 'config.json').is_file() or str(source) in GPT2_NAMES and not Path(source).exists()
+
+
+def find_checkpoint(source, model_type=None):
+    """The path of a checkpoint: source itself, or in the out_dir source its only one, or the one of model_type."""
+    path = Path(source)
+    if not path.is_dir() and (path.exists() or path.suffix == '.pt'):
+        return path
+    found = [p for p in (checkpoint_path(path, name) for name in MODELS) if p.exists()]
+    wanted = checkpoint_path(path, model_type or 'gpt')
+    if len(found) > 1 and wanted not in found:
+        raise UserError(f"{path} has several checkpoints: give one of {', '.join(map(str, found))}")
+    return found[0] if len(found) == 1 else wanted
+
+
+def load_model(source, device='cpu', model_type=None, dtype=torch.float32):
+    """A trained model in eval mode on device, its weights in dtype, and what tokenizes its text ('gpt2' or a list of
+    characters). On a CPU in float32 the weights are the file's own pages, mapped into memory and not copied.
 
     source is a checkpoint, an out_dir (its only checkpoint, or the one of model_type), the directory of a Hugging Face
     GPT-2, or a name such as 'gpt2'.
     """
-    path, model_type = Path(source), model_type or 'gpt'
-    if (path / 'config.json').exists() or str(source).startswith('gpt2') and not path.exists():
-        model, tokenizer = from_pretrained(MODELS[model_type], str(source)), 'gpt2'
+    if is_hugging_face(source):
+        model, tokenizer = from_pretrained(MODELS[model_type or 'gpt'], str(source)), 'gpt2'
     else:
-        if path.is_dir() or not path.exists() and path.suffix != '.pt':  # an out_dir
-            found = [p for p in (checkpoint_path(path, name) for name in MODELS) if p.exists()]
-            wanted = checkpoint_path(path, model_type)
-            if len(found) > 1 and wanted not in found:
-                raise UserError(f"{path} has several checkpoints: give one of {', '.join(map(str, found))}")
-            path = found[0] if len(found) == 1 else wanted
-        checkpoint = read_checkpoint(path)
+        path = find_checkpoint(source, model_type)
+        checkpoint = read_checkpoint(path, mmap=True)
         model, tokenizer = build_model(checkpoint, path), checkpoint_tokenizer(checkpoint, path)
-    return model.to(device).eval(), tokenizer
+    return model.to(device, dtype).eval(), tokenizer
 
 
 def describe(model):

@@ -53,19 +53,67 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+class Linear(nn.Linear):
+    """nn.Linear that multiplies a few rows, as decoding has them, in groups of outputs side by side: BLAS would leave a
+    single row to one core of a CPU."""
+
+    def forward(self, x):
+        few = x.numel() <= 8 * self.in_features and self.weight.numel() > 100_000
+        if not few or x.dtype != torch.float32 or x.device.type != 'cpu' or torch.is_grad_enabled():
+            return super().forward(x)
+        threads = torch.get_num_threads()
+        groups = next((n for n in range(threads, 16 * threads) if self.out_features % n == 0), 1)
+        rows = x.view(1, -1, self.in_features).expand(groups, -1, -1)  # (groups, rows, n_in)
+        weight = self.weight.view(groups, -1, self.in_features).mT  # (groups, n_in, n_out / groups)
+        if self.bias is None:
+            y = torch.bmm(rows, weight)
+        else:
+            y = torch.baddbmm(self.bias.view(groups, 1, -1), rows, weight)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+
+
+@dataclass
+class Cache:
+    """What one attention layer remembers of the n tokens that it has read: tensors (B, ..., length, width), of which the
+    first n rows are filled. To forget the last tokens, lower n."""
+    tensors: list
+    n: int = 0
+
+    def append(self, *rows):
+        """Add T tokens, one tensor (B, ..., T, width) for each that is kept; returns all that is remembered."""
+        end = self.n + rows[0].size(-2)
+        for tensor, new in zip(self.tensors, rows):
+            tensor[..., self.n:end, :] = new
+        self.n = end
+        return [tensor[..., :end, :] for tensor in self.tensors]
+
+    @property
+    def nbytes(self):
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
 def split_heads(x, n_head):
     """(B, T, n_embd) -> (B, n_head, T, head_dim)"""
     B, T, n_embd = x.shape
     return x.view(B, T, n_head, n_embd // n_head).transpose(1, 2)
 
 
+def causal_mask(T, S, device):
+    """Which of S tokens the last T of them may look at, (T, S); None for T = 1, which may look at all. The kernel's own
+    is_causal would take them for the first T."""
+    return None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
 def attend(q, k, v, dropout_p=0.0):
     """Causal softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, eq. 1) in one fused kernel.
 
-    q, k, v are (B, n_head, T, head_dim); returns the heads side by side, (B, T, n_embd).
+    q (B, n_head, T, head_dim) are the last T of the S tokens of k and v (B, n_head, S, head_dim); returns the heads side
+    by side, (B, T, n_embd).
     """
     B, n_head, T, head_dim = q.shape
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    S = k.size(2)
+    mask = None if S == T else causal_mask(T, S, q.device)
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=S == T)
     return y.transpose(1, 2).reshape(B, T, n_head * head_dim)
 
 
@@ -85,21 +133,28 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value of all heads
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value of all heads
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
         self.n_head = config.n_head
-        self.cache_width = 2 * config.n_embd  # numbers to remember per token in decoding: a key and a value
 
     def heads(self, x):
         """x (B, T, n_embd) -> q, k, v, each (B, n_head, T, head_dim)"""
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # each (B, T, n_embd)
         return split_heads(q, self.n_head), split_heads(k, self.n_head), split_heads(v, self.n_head)
 
-    def forward(self, x):
-        y = attend(*self.heads(x), self.dropout if self.training else 0.0)
+    def forward(self, x, cache=None):
+        q, k, v = self.heads(x)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, n_head, S, head_dim)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y))  # (B, T, n_embd)
+
+    def new_cache(self, B, length, dtype, device):
+        """Room for the keys and values of length tokens: 2 n_embd numbers per token."""
+        shape = B, self.n_head, length, self.c_proj.in_features // self.n_head
+        return Cache([torch.empty(shape, dtype=dtype, device=device) for _ in range(2)])
 
     def head_weights(self):
         """W_Q, W_K, W_V (n_head, n_embd, head_dim) and W_O (n_head, head_dim, n_embd), acting on row vectors."""
@@ -111,8 +166,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.gelu = config.gelu
 
@@ -129,8 +184,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -155,7 +210,7 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config, self.attention_class) for _ in range(config.n_layer)]),
             ln_f=LayerNorm(config.n_embd, bias=config.bias),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied, as in GPT-2
 
         self.apply(self._init_weights)
@@ -176,24 +231,31 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
-    def forward(self, idx, targets=None):
-        """idx (B, T) token ids, targets (B, T) the next ones, -1 where none is to be learned.
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) token ids, targets (B, T) the next ones, -1 where none is to be learned. With a cache (new_cache),
+        idx goes on after the tokens that it remembers, and joins them.
 
         Returns logits and loss: (B, T, vocab_size) and the mean cross-entropy in nats with targets; without, the
-        logits of the last position alone, (B, 1, vocab_size), and None.
+        logits of the last position alone, (B, 1, vocab_size), and None. Raises ValueError for more tokens than block_size.
         """
         B, T = idx.shape
-        if T > self.config.block_size:
-            raise ValueError(f'a sequence of {T} tokens does not fit into block_size={self.config.block_size}')
-        pos = torch.arange(T, device=idx.device)
+        start = cache[0].n if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f'a sequence of {start + T} tokens does not fit into block_size={self.config.block_size}')
+        pos = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, n_embd)
-        for block in self.transformer.h:
-            x = block(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache[i] if cache else None)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None  # the list keeps the time dimension
         logits = self.lm_head(x)  # (B, T, vocab_size)
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    def new_cache(self, B, length):
+        """An empty cache for B sequences of up to length tokens: one entry a layer, in the model's dtype."""
+        weight = self.lm_head.weight
+        return [block.attn.new_cache(B, length, weight.dtype, weight.device) for block in self.transformer.h]
 
     def crop_block_size(self, block_size):
         """Forget the positions from block_size on, for instance to finetune GPT-2 with a shorter context."""
@@ -205,32 +267,58 @@ class GPT(nn.Module):
         wpe.num_embeddings = block_size
 
     @classmethod
+    def from_state_dict(cls, config, state_dict):
+        """A model whose parameters are the tensors of state_dict themselves: none is initialised first, none is copied.
+        Raises RuntimeError where they do not fit the config."""
+        with torch.device('meta'):
+            model = cls(config)
+        model.load_state_dict(state_dict, assign=True)
+        model.transformer.wte.weight = model.lm_head.weight
+        return model
+
+    @classmethod
     def from_pretrained(cls, source, override_args=None):
         """GPT-2's published weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a directory that
         transformers' GPT2LMHeadModel.save_pretrained wrote. override_args may hold a dropout.
 
-        Raises ValueError for a model class whose attention those weights do not fit, OSError where they cannot
-        be read.
+        Raises ValueError for a model class whose attention those weights do not fit and for what is no GPT-2, OSError
+        where they cannot be read.
         """
         if cls.attention_class is not CausalSelfAttention:
             raise ValueError(f'{source} has the weights of multi-head attention, which {cls.__name__} lacks: '
-                             'train.py takes them')
-        from transformers import GPT2LMHeadModel
-        hf = GPT2LMHeadModel.from_pretrained(source)
-        c = hf.config
+                             'train.py takes them, convert_mla.py makes an MLA model of them')
+        import huggingface_hub
+        from transformers import AutoConfig, GPT2LMHeadModel
+        from transformers.utils import logging
+        logging.set_verbosity_error()
+        huggingface_hub.utils.logging.set_verbosity_error()
+        on_disk = True
+        try:
+            c = AutoConfig.from_pretrained(source, local_files_only=True)
+        except OSError:
+            on_disk = False
+            c = AutoConfig.from_pretrained(source)
+        if c.model_type != 'gpt2':
+            raise ValueError(f'{source} holds a model of type {c.model_type!r}, not a GPT-2')
         gelu = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}.get(c.activation_function)
         if (gelu is None or c.scale_attn_by_inverse_layer_idx or not c.scale_attn_weights or not c.tie_word_embeddings
-                or c.layer_norm_epsilon != 1e-5):
-            raise ValueError(f'{source} is a variant of GPT-2 that model.py does not compute: it needs a GELU, layer '
-                             'norms with epsilon 1e-5, tied embeddings and attention scaled by head_dim alone')
-        model = cls(cls.config_class(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer,
-                                     n_head=c.n_head, n_embd=c.n_embd, bias=True, gelu=gelu, **(override_args or {})))
+                or c.layer_norm_epsilon != 1e-5 or c.n_inner not in (None, 4 * c.n_embd)):
+            raise ValueError(f'{source} is a variant of GPT-2 that model.py does not compute: it needs a GELU, layer norms '
+                             'with epsilon 1e-5, an MLP 4 times as wide, tied embeddings and attention scaled by head_dim '
+                             'alone')
+        hf, report = GPT2LMHeadModel.from_pretrained(source, config=c, local_files_only=on_disk, dtype=torch.float32,
+                                                     output_loading_info=True, ignore_mismatched_sizes=True)
+        masks = ('.attn.bias', '.attn.masked_bias')  # buffers in weights that old versions wrote
+        for problem in ('missing', 'unexpected', 'mismatched'):
+            names = [k for k in sorted(map(str, report[f'{problem}_keys'])) if not k.endswith(masks)]
+            if names:
+                raise ValueError(f'{source} has weights that do not fit its config.json: {problem} {names[0]}')
+        config = cls.config_class(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
+                                  n_embd=c.n_embd, bias=True, gelu=gelu, **(override_args or {}))
         # GPT-2's Conv1D keeps its weights the other way round than Linear
         transposed = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
-        masks = ('.attn.bias', '.attn.masked_bias')  # buffers in weights that old versions wrote
-        model.load_state_dict({k: v.t() if k.endswith(transposed) else v
-                               for k, v in hf.state_dict().items() if not k.endswith(masks)})
-        return model
+        return cls.from_state_dict(config, {k: v.t().contiguous() if k.endswith(transposed) else v
+                                            for k, v in hf.state_dict().items() if not k.endswith(masks)})
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW, fused where torch has it for this device. Matrices and embeddings decay, biases and norms do not."""

@@ -1,82 +1,149 @@
 """
 Sample from a trained model:
 
-    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
-    python sample.py --init_from=gpt2 --start=FILE:prompt.txt
+    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --stream=True
+    python sample.py --init_from=gpt2 --start=FILE:prompt.txt --top_p=0.95 --top_k=50257 --stop="<|endoftext|>"
+    echo "To be" | python sample.py --out_dir=out --start=- --json=True
 
 sample_mla.py is this program with another default: which checkpoint it looks for in out_dir.
 """
 
+import codecs
+import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
-from checkpoint import describe, load_model
+from checkpoint import GPT2_NAMES, describe, is_hugging_face, load_model
 from configurator import UserError, configure, run
 from data.tokenizer import make_tokenizer
-from device import autocast, pick_device, pick_dtype
-from generate import generate
+from device import pick_device, pick_dtype
+from generate import decode
 
 
 @dataclass
 class SampleConfig:
-    init_from: str = 'resume'  # 'resume' (the checkpoint in out_dir) or a GPT-2 by name, such as 'gpt2-xl'
-    out_dir: str = 'out'  # a folder with a checkpoint, or the checkpoint itself; not read if init_from is a GPT-2
-    start: str = '\n'  # the prompt, or FILE:prompt.txt to read it from a file
+    init_from: str = 'resume'  # 'resume' (the checkpoint in out_dir), a GPT-2 by name such as 'gpt2-xl', or its directory
+    out_dir: str = 'out'  # a folder with a checkpoint, or the checkpoint itself; read if init_from is 'resume'
+    start: str = '\n'  # the prompt; FILE:prompt.txt reads it from a file, - from standard input
     num_samples: int = 10  # how many samples to draw
+    batch_size: int = 10  # how many of them side by side: more are faster and take more memory
     max_new_tokens: int = 500  # tokens in each sample, after the prompt
     temperature: float = 0.8  # 1 is the model's own distribution, less is less random, 0 takes the likeliest token
     top_k: int = 200  # draw among the top_k likeliest tokens only
-    seed: int = 1337  # of the random draws
+    top_p: float = 1.0  # and among the likeliest that together have this probability
+    stop: str = ''  # a token, such as <|endoftext|>, that ends a sample and is not printed
+    past_context: Literal['slide', 'drop'] = 'slide'  # past block_size: 'slide' as nanoGPT; 'drop' half: fast, other text
+    stream: bool = False  # print each token as it is drawn, one sample after the other
+    json: bool = False  # print a line of JSON for each sample
+    seed: int = 1337  # of the random draws; a sample depends on it and on its number alone
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # 'auto': bfloat16 on a GPU that has it
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # weights and cache; 'auto': bfloat16 on a GPU
     compile: bool = False  # torch.compile the model
 
     def __post_init__(self):
-        for key, least in dict(num_samples=1, max_new_tokens=0, temperature=0, top_k=1, seed=0).items():
+        at_least = dict(num_samples=1, batch_size=1, max_new_tokens=0, temperature=0, top_k=1, seed=0)
+        for key, least in at_least.items():
             if getattr(self, key) < least:
                 raise ValueError(f'{key}={getattr(self, key)} must be at least {least}')
         if 0 < self.temperature < 1e-3:
             raise ValueError(f'temperature={self.temperature} must be 0 or at least 0.001')
-        if self.init_from != 'resume' and not self.init_from.startswith('gpt2'):
-            raise ValueError(f"init_from={self.init_from!r} must be 'resume' or a GPT-2 by name, such as 'gpt2'")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f'top_p={self.top_p} must be above 0 and at most 1')
+        if self.stream and self.json:
+            raise ValueError('stream=True and json=True exclude each other: choose one')
+        if self.init_from != 'resume' and not is_hugging_face(self.init_from):
+            raise ValueError(f"init_from={self.init_from!r} must be 'resume', {', '.join(GPT2_NAMES)} or the directory of a "
+                             'Hugging Face GPT-2')
 
 
 def read_prompt(start):
-    if start.startswith('FILE:'):
-        try:
+    try:
+        if start == '-':
+            start = sys.stdin.buffer.read().decode('utf-8')
+        elif start.startswith('FILE:'):
             start = Path(start[5:]).read_text(encoding='utf-8')
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f'start={start} cannot be read: {e}') from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'start={start} cannot be read: {e}') from None
     if not start:
         raise UserError("start is empty: give at least one character, or leave start out for a line break")
     return start
+
+
+def stop_token(text, tokenizer):
+    """The id of the token that text is, None for no text."""
+    ids = tokenizer.encode(text)
+    if len(ids) > 1:
+        raise UserError(f'stop={text!r} is {len(ids)} tokens: give a text that is a single one, such as a line break')
+    return ids[0] if ids else None
 
 
 def main(model_type='gpt', **defaults):
     config, _ = configure(sys.argv[1:], SampleConfig, **defaults)
     device, device_type = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device_type)
-    torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision('high')
 
-    model, spec = load_model(config.out_dir if config.init_from == 'resume' else config.init_from, device, model_type)
+    source = config.out_dir if config.init_from == 'resume' else config.init_from
+    model, spec = load_model(source, device, model_type, dtype)
     tokenizer = make_tokenizer(spec)
-    idx = torch.tensor([tokenizer.encode(read_prompt(config.start))], device=device)  # (1, T)
+    prompt = tokenizer.encode(read_prompt(config.start))
+    stop = stop_token(config.stop, tokenizer)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
-    if idx.max() >= n_vocab:
-        raise UserError(f'the prompt has token id {idx.max()}, the model knows ids below {n_vocab}: use other words')
+    if max(prompt) >= n_vocab:
+        raise UserError(f'the prompt has token id {max(prompt)}, the model knows ids below {n_vocab}: use other words')
     if config.compile:
         model.compile()
-    print(describe(model))
-    with autocast(device_type, dtype):
-        for _ in range(config.num_samples):
-            y = generate(model, idx, config.max_new_tokens, n_vocab, config.temperature, config.top_k)
-            print(tokenizer.decode(y[0].tolist()))
-            print('---------------')
+    print(describe(model), file=sys.stderr if config.json else sys.stdout)
+
+    def samples(first, count):
+        """Decode samples number first to first + count - 1."""
+        seeds = [np.random.default_rng((config.seed, number)).integers(2 ** 63) for number in range(first, first + count)]
+        generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+        return decode(model, torch.tensor([prompt] * count, device=device), config.max_new_tokens, n_vocab,
+                      config.temperature, config.top_k, config.top_p, stop, config.past_context, generators)
+
+    batch_size = 1 if config.stream else config.batch_size
+    progress = tqdm(total=config.num_samples * config.max_new_tokens, unit=' tokens', leave=False,
+                    disable=config.stream or not sys.stderr.isatty())
+    n_tokens, t0 = 0, time.perf_counter()
+    for first in range(0, config.num_samples, batch_size):
+        count = min(batch_size, config.num_samples - first)
+        text = codecs.getincrementaldecoder('utf-8')('replace')  # holds back a character until all its bytes are there
+
+        def show(ids, final=False):
+            print(text.decode(tokenizer.to_bytes(ids), final), end='', flush=True)
+
+        if config.stream:
+            show(prompt)
+        drawn = []  # tensors (count,), one for each step
+        for ids in samples(first, count):
+            drawn.append(ids)
+            progress.update(count)
+            if config.stream and ids[0] != stop:
+                show(ids.tolist())
+        for number, ids in enumerate(torch.stack(drawn, dim=1).tolist() if drawn else [[]] * count, start=first):
+            stopped = stop in ids
+            ids = ids[:ids.index(stop)] if stopped else ids
+            n_tokens += len(ids)
+            if config.json:
+                print(json.dumps({'sample': number, 'prompt': tokenizer.decode(prompt), 'text': tokenizer.decode(ids),
+                                  'tokens': ids, 'stopped': stopped}), flush=True)
+            elif config.stream:
+                show([], final=True)
+                print('\n---------------')
+            else:
+                print(tokenizer.decode(prompt + ids))
+                print('---------------')
+    progress.close()
+    seconds = time.perf_counter() - t0
+    print(f'{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -17,16 +17,15 @@ import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from checkpoint import checkpoint_path
 from configurator import UserError, build, configure, run
 from data.tokenizer import make_tokenizer
 from dataset import open_data
 from device import autocast, pick_device, pick_dtype
+from evaluate import split_loss
 from generate import generate
 from model import GPT
 from model_mla import GPT_MLA, MLAConfig
@@ -42,25 +41,6 @@ ON_CPU = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dro
               beta1=0.8, weight_decay=0.0, grad_clip=0.0)
 ON_GPU = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, eval_iters=40)
 PROMPT, SAMPLE_CHARS = '\n', 300
-
-
-@torch.no_grad()
-def split_loss(model, tokens, dtype=torch.float32, batch_size=64):
-    """Mean loss in nats over a whole split: every token but the first is predicted once, from windows of block_size that
-    do not overlap."""
-    device, block_size = next(model.parameters()).device, model.config.block_size
-    total = 0.0
-    starts = range(0, len(tokens) - 1, block_size)
-    whole = [i for i in starts if i + block_size < len(tokens)]
-    groups = [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)]
-    if len(whole) < len(starts):
-        groups.append([starts[-1]])  # the shorter one at the end
-    for group in tqdm(groups, desc='whole val split', leave=False, disable=not sys.stderr.isatty()):
-        windows = np.stack([tokens[i:i + block_size + 1] for i in group]).astype(np.int64)  # (B, T + 1)
-        windows = torch.from_numpy(windows).to(device)
-        with autocast(device.type, dtype):
-            total += model(windows[:, :-1], windows[:, 1:])[1].item() * windows[:, 1:].numel()
-    return total / (len(tokens) - 1)
 
 
 def measure(result, data, config):
@@ -80,7 +60,7 @@ def measure(result, data, config):
         'val_loss': split_loss(model, data.val, dtype),
         'ms_per_iter': result.ms_per_iter,
         'tokens_per_second': result.tokens_per_second,
-        'cache_bytes_per_token': sum(a.cache_width for a in attentions) * dtype.itemsize,
+        'cache_bytes_per_token': sum(a.new_cache(1, 1, dtype, device).nbytes for a in attentions),
         'sample': tokenizer.decode(ids[0].tolist())[len(PROMPT):][:SAMPLE_CHARS],
     }
 

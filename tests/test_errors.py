@@ -94,7 +94,7 @@ def test_a_mistake_costs_neither_checkpoint_nor_metrics(tiny_args, tmp_path, pro
 @pytest.mark.parametrize('change', [
     lambda c: c['optimizer']['state'][0].update(exp_avg=c['optimizer']['state'][0]['exp_avg'][:1]),
     lambda c: c['optimizer']['state'].pop(0), lambda c: c.update(best_val_loss=None), lambda c: c.update(iter_num='x'),
-    lambda c: c.update(optimizer=None)])
+    lambda c: c.update(optimizer=5)])
 def test_a_checkpoint_that_cannot_be_resumed(change, tiny_args, tmp_path, program):
     assert program(train.main, *tiny_args)[0] == 0
     path = tmp_path / 'out' / 'ckpt.pt'

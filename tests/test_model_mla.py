@@ -82,6 +82,6 @@ def test_keys_of_all_heads_together_have_no_more_rank_than_the_latent():
 
 
 def test_cache_is_a_quarter_at_the_default():
-    mla, mha = (tiny_model(c).transformer.h[0].attn.cache_width for c in (GPT_MLA, GPT))
-    assert mla * 4 == mha == 2 * 16
+    mla, mha = (sum(layer.nbytes for layer in tiny_model(c).new_cache(3, 5)) for c in (GPT_MLA, GPT))
+    assert mla * 4 == mha == 2 * 3 * 5 * 2 * 16 * 4  # layers, rows, tokens, key and value, n_embd, bytes
     assert not isinstance(tiny_model(GPT_MLA).transformer.h[0].attn, CausalSelfAttention)

@@ -1,0 +1,194 @@
+"""
+Turn a trained GPT into a GPT_MLA, whose keys and values come from a latent of n_latent numbers:
+
+    python convert_mla.py out-shakespeare-char/ckpt.pt --n_latent=64 --out_dir=out_mla
+    python train_mla.py --init_from=resume --out_dir=out_mla --dataset=shakespeare_char ...      goes on training it
+
+In each layer [k; v] = W x + b has a W (2 n_embd, n_embd), which is replaced by D E: E (n_latent, n_embd) becomes the latent
+encoder, the halves of D (2 n_embd, n_latent) the key and the value. With the covariance C of x over a calibration text,
+E|W x - D E x|^2 is least where D holds the leading left singular vectors of W C^(1/2) and E = D^T W (Eckart and Young 1936).
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import (checkpoint_path, describe, find_checkpoint, is_hugging_face, load_model, read_checkpoint,
+                        save_checkpoint)
+from configurator import UserError, configure, run
+from dataset import draw_batch, open_data
+from device import pick_device
+from evaluate import split_loss
+from model import GPT
+from model_mla import GPT_MLA, MLAConfig
+
+
+@dataclass
+class ConvertConfig:
+    n_latent: int | None = None  # width of the latent, at most n_embd; None: n_embd // 2
+    out_dir: str = 'out_mla'  # where ckpt_mla.pt goes
+    dataset: str = ''  # calibration and val text, a folder as the trainer takes it; '': the one of the checkpoint
+    calibration_tokens: int = 32_768  # of the training split; 0 weighs all directions of x alike
+    val_tokens: int = 32_768  # of the val split, from its beginning, on which the loss is measured
+    seed: int = 1337  # of the choice of calibration tokens
+    device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
+
+    def __post_init__(self):
+        for key, least in dict(calibration_tokens=0, val_tokens=2, seed=0).items():
+            if getattr(self, key) < least:
+                raise ValueError(f'{key}={getattr(self, key)} must be at least {least}')
+        if self.n_latent is not None and self.n_latent < 1:
+            raise ValueError(f'n_latent={self.n_latent} must be at least 1')
+        if not self.out_dir:
+            raise ValueError('out_dir is empty: give a folder')
+
+
+@dataclass
+class Moments:
+    """Of what enters a layer's attention, x (n_embd), in float64."""
+    mean: torch.Tensor  # (n_embd,)
+    second: torch.Tensor  # (n_embd, n_embd), the mean of x x^T
+
+
+@torch.no_grad()
+def activation_moments(model, windows):
+    """Moments of the input of each layer's attention over windows of tokens, tensors (B, T)."""
+    totals = [Moments(0.0, 0.0) for _ in model.transformer.h]
+
+    def hook(total):
+        def add(attention, args):
+            x = args[0].flatten(0, 1).double()  # (B * T, n_embd)
+            total.mean = total.mean + x.sum(0)
+            total.second = total.second + x.T @ x
+        return add
+    handles = [block.attn.register_forward_pre_hook(hook(total)) for block, total in zip(model.transformer.h, totals)]
+    n = 0
+    for idx in windows:
+        model(idx)
+        n += idx.numel()
+    for handle in handles:
+        handle.remove()
+    return [Moments(total.mean / n, total.second / n) for total in totals]
+
+
+def low_rank(W, root, rank):
+    """D (n_out, rank) and E (rank, n_in) that minimise |(W - D E) root|, with root root^T = C: the best approximation of W
+    for inputs of covariance C. All in float64."""
+    D = torch.linalg.svd(W @ root, full_matrices=False).U[:, :rank]
+    return D, D.T @ W
+
+
+def factor(W, b, moments, rank):
+    """W (2 n_embd, n_embd) and b (2 n_embd) or None, of keys and values -> D, E, b that take their place, and the relative
+    errors of keys, values and both: root mean squares of what is lost, over that of what was there."""
+    n_embd = W.size(1)
+    mean, covariance = torch.zeros(n_embd, dtype=W.dtype, device=W.device), torch.eye(n_embd, dtype=W.dtype, device=W.device)
+    if moments:
+        mean, covariance = moments.mean, moments.second
+        if b is not None:  # which can take over the mean, so that only the spread around it is left to the factors
+            covariance = covariance - mean.outer(mean)
+    spread, directions = torch.linalg.eigh(covariance)
+    # directions that the text never took count a little, so that with full rank nothing is lost anywhere
+    root = directions * spread.clamp_min(1e-6 * spread.max()).sqrt()
+    D, E = low_rank(W, root, rank)
+    lost = W - D @ E
+    if b is not None:
+        b = b + lost @ mean
+    parts = (slice(0, n_embd), slice(n_embd, None), slice(None))
+    return D, E, b, [((lost[part] @ root).norm() / (W[part] @ root).norm()).item() for part in parts]
+
+
+def convert(model, n_latent, moments=None):
+    """A GPT_MLA that does nearly what the GPT model does, and the relative errors of its layers' keys, values and both.
+    moments are those of activation_moments; without them all directions of x count alike. At n_latent = n_embd it does
+    exactly the same, and more than that cannot be."""
+    c = model.config
+    state, errors = dict(model.state_dict()), []
+    for i in range(c.n_layer):
+        prefix = f'transformer.h.{i}.attn.'
+        W = state.pop(prefix + 'c_attn.weight')  # (3 n_embd, n_embd)
+        b = state.pop(prefix + 'c_attn.bias', None)
+        D, E, b_kv, error = factor(W[c.n_embd:].double(), None if b is None else b[c.n_embd:].double(),
+                                   moments and moments[i], n_latent)
+        errors.append(error)
+        new = {'query.weight': W[:c.n_embd], 'latent_enc.weight': E, 'key.weight': D[:c.n_embd], 'value.weight': D[c.n_embd:]}
+        if b is not None:
+            new |= {'query.bias': b[:c.n_embd], 'key.bias': b_kv[:c.n_embd], 'value.bias': b_kv[c.n_embd:]}
+        state |= {prefix + name: tensor.to(W.dtype, copy=True) for name, tensor in new.items()}
+    return GPT_MLA.from_state_dict(MLAConfig(**asdict(c), n_latent=n_latent), state).eval(), errors
+
+
+def calibration_windows(data, block_size, config, device):
+    """About calibration_tokens of the training split, in windows (1, block_size)."""
+    count = -(-config.calibration_tokens // block_size)
+    for number in tqdm(range(count), desc='calibration', leave=False, disable=not sys.stderr.isatty()):
+        x, _ = draw_batch(data.train, 1, block_size, (config.seed,), number)
+        yield torch.from_numpy(x).to(device)
+
+
+def open_text(config, source, model, spec):
+    """The name of the text for calibration and val loss and its Data; '' and None where none was named and the checkpoint's
+    is not on this disk."""
+    dataset = config.dataset
+    if not dataset and not is_hugging_face(source):
+        dataset = (read_checkpoint(find_checkpoint(source), mmap=True).get('config') or {}).get('dataset', '')
+    try:
+        data = open_data(dataset)
+        data.check(model.config.block_size, model.config.vocab_size)
+        if data.tokenizer != spec:
+            raise UserError(f'dataset={dataset} has another vocabulary than the model: use the data that it was trained on')
+        return dataset, data
+    except UserError:
+        if config.dataset:
+            raise
+        return '', None
+
+
+def main():
+    args = sys.argv[1:]
+    source = args.pop(0) if args and not args[0].startswith('-') else None
+    config, _ = configure(args, ConvertConfig)
+    if source is None:
+        raise UserError('no checkpoint was given: python convert_mla.py CKPT --n_latent=N')
+    path = checkpoint_path(config.out_dir, 'mla')
+    if path.exists():
+        raise UserError(f'out_dir={config.out_dir} has a {path.name} already: give another out_dir')
+    device, device_type = pick_device(config.device)
+    if device_type == 'mps':  # which has no float64
+        device = torch.device('cpu')
+    model, spec = load_model(source, device)
+    if type(model) is not GPT:
+        raise UserError(f'{source} holds a {type(model).__name__}: only a GPT can be converted')
+    n_latent = config.n_latent or max(1, model.config.n_embd // 2)
+    if n_latent > model.config.n_embd:
+        raise UserError(f'n_latent={n_latent} must be at most n_embd={model.config.n_embd}, which already keeps everything')
+    dataset, data = open_text(config, source, model, spec)
+
+    moments = None
+    if data and config.calibration_tokens:
+        moments = activation_moments(model, calibration_windows(data, model.config.block_size, config, device))
+    mla, errors = convert(model, n_latent, moments)
+    print(describe(model))
+    print(describe(mla))
+    weighing = f'weighted by the activations of {dataset}' if moments else 'of the weights alone, no text'
+    print(f'\nrelative error, {weighing}\n\n{"layer":>7}{"keys":>10}{"values":>10}{"both":>10}')
+    for layer, (keys, values, both) in enumerate(errors):
+        print(f'{layer:>7}{keys:>10.4f}{values:>10.4f}{both:>10.4f}')
+    if data:
+        before, after = (split_loss(m, data.val[:config.val_tokens]) for m in (model, mla))
+        print(f'\nval loss {before:.4f} nats before, {after:.4f} after ({after / before - 1:+.1%})')
+    else:
+        print('\nno val loss: give --dataset=NAME, on which the model was trained')
+    try:
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, mla, spec, {'dataset': dataset}, 0)
+    except OSError as e:
+        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror or e}): give another') from None
+    print(f'saved {path}; train on with train_mla.py --init_from=resume --out_dir={config.out_dir}')
+
+
+if __name__ == '__main__':
+    run(main)

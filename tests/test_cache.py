@@ -1,0 +1,166 @@
+"""Attention with a cache is attention without one."""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import BOTH, tiny_model
+from torch.nn import functional as F
+
+import model as model_module
+from model import GPT, Linear
+from model_mla import GPT_MLA
+
+
+def randomised(model_class, **settings):
+    model = tiny_model(model_class, **settings)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return model
+
+
+def read_in_chunks(model, idx, chunks, length=16):
+    cache, logits, start = model.new_cache(len(idx), length), [], 0
+    for size in chunks:
+        part = idx[:, start:start + size]
+        logits.append(model(part, part, cache=cache)[0])
+        start += size
+    assert [layer.n for layer in cache] == [start] * len(cache)
+    return torch.cat(logits, 1)
+
+
+@BOTH
+@pytest.mark.parametrize('bias', [True, False])
+@torch.no_grad()
+def test_every_way_of_cutting_a_prompt_into_chunks(model_class, bias):
+    model = randomised(model_class, bias=bias).double()
+    idx = torch.randint(14, (2, 8))
+    wanted = model(idx, idx)[0]
+    for n_cuts in range(8):
+        for cuts in combinations(range(1, 8), n_cuts):
+            chunks = [b - a for a, b in zip((0, *cuts), (*cuts, 8))]
+            torch.testing.assert_close(read_in_chunks(model, idx, chunks), wanted, atol=1e-12, rtol=1e-12)
+
+
+@BOTH
+@torch.no_grad()
+def test_float32_and_bfloat16_stay_close(model_class):
+    model = randomised(model_class)
+    idx = torch.randint(14, (3, 16))
+    wanted = model(idx, idx)[0]
+    torch.testing.assert_close(read_in_chunks(model, idx, [5, 1, 1, 4, 5]), wanted, atol=1e-4, rtol=1e-4)
+    model.bfloat16()
+    cache = model.new_cache(3, 16)
+    assert all(tensor.dtype == torch.bfloat16 for layer in cache for tensor in layer.tensors)
+    error = (read_in_chunks(model, idx, [5, 1, 1, 4, 5]).float() - wanted).std() / wanted.std()
+    assert error < 0.05
+
+
+@BOTH
+@torch.no_grad()
+def test_under_autocast(model_class):
+    model = randomised(model_class)
+    idx = torch.randint(14, (3, 16))
+    with torch.amp.autocast('cpu', torch.bfloat16):
+        chunked, whole = read_in_chunks(model, idx, [5, 1, 10]), model(idx, idx)[0]
+    assert (chunked - whole).float().std() / whole.float().std() < 0.05
+
+
+@BOTH
+@torch.no_grad()
+def test_what_the_cache_forgets_has_never_been(model_class):
+    model = randomised(model_class).double()
+    idx, other = torch.randint(14, (2, 2, 9))
+    cache = model.new_cache(2, 9)
+    model(idx[:, :4], cache=cache)
+    model(other[:, 4:], cache=cache)
+    for layer in cache:
+        layer.n = 4
+    torch.testing.assert_close(model(idx[:, 4:], cache=cache)[0], model(idx)[0], atol=1e-12, rtol=1e-12)
+
+
+@BOTH
+def test_a_cache_that_is_full_is_refused(model_class):
+    model = tiny_model(model_class)
+    cache = model.new_cache(1, 16)
+    model(torch.zeros(1, 10, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match='17 tokens does not fit into block_size=16'):
+        model(torch.zeros(1, 7, dtype=torch.long), cache=cache)
+
+
+@torch.no_grad()
+def test_mla_remembers_the_latent_and_builds_no_key_or_value_after_the_prompt():
+    model, built = randomised(GPT_MLA), []
+    for block in model.transformer.h:
+        for linear in (block.attn.key, block.attn.value):
+            linear.register_forward_hook(lambda module, args, out: built.append(out.shape))
+    cache = model.new_cache(2, 16)
+    assert [tensor.shape for layer in cache for tensor in layer.tensors] == [(2, 16, 8)] * 2
+    idx = torch.randint(14, (2, 16))
+    model(idx[:, :6], cache=cache)
+    assert built == [(2, 6, 16)] * 4  # once for each layer's keys and values
+    for t in range(6, 10):
+        model(idx[:, t:t + 1], cache=cache)
+    model(idx[:, 10:], cache=cache)
+    assert len(built) == 4
+    x = model.transformer.drop(model.transformer.wte(idx) + model.transformer.wpe(torch.arange(16)))
+    attn = model.transformer.h[0].attn
+    torch.testing.assert_close(cache[0].tensors[0], attn.latent_enc(model.transformer.h[0].ln_1(x)), atol=1e-5, rtol=1e-5)
+
+
+@BOTH
+@torch.no_grad()
+def test_a_prompt_runs_through_the_fused_causal_kernel(model_class, monkeypatch):
+    calls, kernel = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        calls.append((tuple(q.shape), is_causal, attn_mask is None))
+        return kernel(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', spy)
+    model = tiny_model(model_class)
+    model(torch.zeros(3, 7, dtype=torch.long), cache=model.new_cache(3, 16))
+    assert calls == [((3, 2, 7, 8), True, True)] * 2
+
+
+@torch.no_grad()
+def test_absorbed_attention_is_the_naive_one_in_float64():
+    attn = randomised(GPT_MLA, bias=True, n_latent=6).double().transformer.h[0].attn
+    c, x = torch.randn(2, 11, 6, dtype=torch.float64), torch.randn(2, 4, 16, dtype=torch.float64)
+    q, (k, v) = attn.query(x), attn.keys_and_values(c)
+    for T in (1, 4):
+        wanted = torch.zeros(2, T, 16, dtype=torch.float64)
+        for b in range(2):
+            for h in range(2):
+                for t in range(T):
+                    seen = 11 - T + t + 1
+                    query = q[b, 4 - T + t, 8 * h:8 * h + 8]
+                    weights = torch.softmax(k[b, h, :seen] @ query / math.sqrt(8), 0)
+                    wanted[b, t, 8 * h:8 * h + 8] = weights @ v[b, h, :seen]
+        torch.testing.assert_close(attn.attend_absorbed(q[:, 4 - T:], c), wanted, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize('n_in, n_out', [(300, 512), (128, 1009), (64, 3 * 569)])  # the last two: a prime, and 3 times one
+@pytest.mark.parametrize('bias', [True, False])
+@torch.no_grad()
+def test_linear_is_torchs(n_in, n_out, bias, monkeypatch):
+    torch.manual_seed(0)
+    ours = Linear(n_in, n_out, bias=bias)
+    for threads in (1, 2, 3, 16):
+        monkeypatch.setattr(model_module.torch, 'get_num_threads', lambda: threads)
+        for shape in ((1, 1), (1, 8), (4, 2), (3, 3), (), (5,)):
+            x = torch.randn(*shape, n_in)
+            wanted = F.linear(x.double(), ours.weight.double(), None if ours.bias is None else ours.bias.double())
+            assert ours(x).shape == wanted.shape
+            torch.testing.assert_close(ours(x).double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_linear_has_gradients():
+    layer, x = Linear(400, 300), torch.randn(1, 1, 400, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad[0, 0], layer.weight.sum(0))
+
+
+def test_gpt_has_no_other_linear():
+    for model in (tiny_model(GPT), tiny_model(GPT_MLA)):
+        assert all(type(m) is Linear for m in model.modules() if isinstance(m, torch.nn.Linear))
