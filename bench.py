@@ -180,7 +180,7 @@ def main():
     if command in ('-h', '--help'):
         print(__doc__.strip())
     elif command not in COMMANDS:
-        raise UserError(f"{command or 'no command'!r} is not known: python bench.py takes {' or '.join(COMMANDS)}, then keys")
+        raise UserError(f"what to measure is {command!r}, it must be {' or '.join(COMMANDS)}: python bench.py decode --key=value")
     else:
         COMMANDS[command](argv)
 

@@ -137,6 +137,9 @@ def load_model(source, device='cpu', model_type=None, dtype=torch.float32):
     """
     if is_hugging_face(source):
         model, tokenizer = from_pretrained(MODELS[model_type or 'gpt'], str(source)), 'gpt2'
+        if model.config.vocab_size < 50257:
+            raise UserError(f"{source} has a vocabulary of {model.config.vocab_size} tokens, which is not GPT-2's 50257: what "
+                            'they mean is not known, so give the checkpoint that it was exported from')
     else:
         path = find_checkpoint(source, model_type)
         checkpoint = read_checkpoint(path, mmap=True)

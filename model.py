@@ -291,6 +291,7 @@ class GPT(nn.Module):
         from transformers import AutoConfig, GPT2LMHeadModel
         from transformers.utils import logging
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
         huggingface_hub.utils.logging.set_verbosity_error()
         on_disk = True
         try:

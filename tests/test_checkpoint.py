@@ -1,5 +1,8 @@
 import pickle
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from conftest import BOTH, CHARS, tiny_model
 
 import checkpoint as ckpt
 from configurator import UserError
-from model import GPT
+from model import GPT, GPTConfig
 from model_mla import GPT_MLA
 from train import TrainConfig
 
@@ -148,6 +151,45 @@ def test_what_does_not_fit_is_reported(tmp_path, change, words):
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match=words):
         ckpt.load_model(path)
+
+
+def test_loading_maps_the_file_and_copies_nothing(tmp_path):
+    """Peak memory beyond the interpreter, with the optimizer's twice as many numbers in the same file."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=4, n_head=8, n_embd=512))
+    weights = sum(p.nbytes for p in model.parameters())
+    state = {i: {'exp_avg': torch.ones_like(p), 'exp_avg_sq': torch.ones_like(p)} for i, p in enumerate(model.parameters())}
+    ckpt.save_checkpoint(tmp_path / 'ckpt.pt', model, 'gpt2', {}, 1, optimizer={'state': state})
+    assert (tmp_path / 'ckpt.pt').stat().st_size > 2.9 * weights
+    program = f'''
+import sys, torch, checkpoint, generate
+from model import GPT, GPTConfig
+
+def peak():
+    return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) * 1024
+
+tiny = GPT(GPTConfig(64, 50304, 1, 1, 8)).eval()
+generate.generate(tiny, torch.zeros(1, 1, dtype=torch.long), 2, 50304)
+before = peak()
+model, _ = checkpoint.load_model({str(tmp_path)!r})
+generate.generate(model, torch.zeros(1, 1, dtype=torch.long), 2, 50304)
+print(peak() - before)
+'''
+    done = subprocess.run([sys.executable, '-c', program], cwd=Path(ckpt.__file__).parent, capture_output=True, text=True)
+    # every page of the weights is counted once it has been read; importing what torch imports late takes some more
+    assert weights * 0.9 < int(done.stdout) < 1.3 * weights + 80e6, done.stderr
+
+
+@BOTH
+def test_weights_in_other_dtypes_are_read_as_float32(model_class, tmp_path):
+    model = tiny_model(model_class).bfloat16()
+    path = ckpt.checkpoint_path(tmp_path, model_class.model_type)
+    ckpt.save_checkpoint(path, model, CHARS, {}, 1)
+    loaded, _ = ckpt.load_model(path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
+    assert {p.dtype for p in ckpt.load_model(path, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
 
 
 def test_what_is_not_there_is_reported(tmp_path):

@@ -1,4 +1,7 @@
+import json
 import math
+import shutil
+import socket
 
 import pytest
 import torch
@@ -39,6 +42,26 @@ def test_from_pretrained_overrides_dropout_and_refuses_other_attention(hugging_f
     assert GPT.from_pretrained(str(folder), {'dropout': 0.25}).transformer.h[0].attn.dropout == 0.25
     with pytest.raises(ValueError, match='multi-head attention'):
         GPT_MLA.from_pretrained(str(folder))
+
+
+def test_from_pretrained_needs_no_network_for_what_is_on_disk(hugging_face, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise AssertionError('a socket was opened')
+    monkeypatch.setattr(socket, 'socket', no_network)
+    monkeypatch.setattr(socket, 'getaddrinfo', no_network)
+    assert GPT.from_pretrained(str(hugging_face[0])).config.n_layer == 3
+
+
+@pytest.mark.parametrize('prefix', ['transformer.', ''])  # with and without the head that save_pretrained is called on
+def test_from_pretrained_reads_bin_files_too(hugging_face, prefix, tmp_path):
+    folder, hf = hugging_face
+    hf.config.save_pretrained(tmp_path)
+    source = hf if prefix else hf.transformer
+    state = {k: v for k, v in source.state_dict().items() if k != 'lm_head.weight'}
+    state |= {f'{prefix}h.0.attn.bias': torch.ones(1, 1, 24, 24).tril()}  # the buffer that old versions wrote
+    torch.save(state, tmp_path / 'pytorch_model.bin')
+    idx = torch.randint(50, (2, 24))
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).eval()(idx)[0], GPT.from_pretrained(str(folder)).eval()(idx)[0])
 
 
 def test_attention_is_its_definition_in_float64():
@@ -141,6 +164,17 @@ def test_variants_of_gpt2_that_it_does_not_compute_are_refused(variant, tmp_path
     settings = dict(vocab_size=14, n_positions=8, n_embd=8, n_layer=1, n_head=1)
     GPT2LMHeadModel(GPT2Config(**settings, **variant)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match='variant of GPT-2'):
+        GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(n_layer=4), 'missing transformer.h.3'), (dict(n_layer=2), 'unexpected transformer.h.2'),
+    (dict(n_positions=32), 'mismatched .*wpe'), (dict(n_inner=64), 'variant'), (dict(model_type='bert'), "type 'bert'")])
+def test_weights_that_do_not_fit_their_config_are_refused(hugging_face, change, words, tmp_path):
+    shutil.copytree(hugging_face[0], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=words):
         GPT.from_pretrained(str(tmp_path))
 
 

@@ -1,13 +1,17 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import BOTH, tiny_model
+import torch
+from conftest import BOTH, CHARS, tiny_model
 from test_checkpoint import save
 
+import export_huggingface
 import sample
 from checkpoint import checkpoint_path
+from data.tokenizer import gpt2_encoding
 from model import GPT
 
 ROOT = Path(sample.__file__).parent
@@ -43,11 +47,110 @@ def test_prompts_from_files_and_longer_than_the_context(tmp_path, program):
     assert code == 0 and 'abc\n' * 10 in out
 
 
+def sample_texts(program, tmp_path, *args):
+    code, out, err = program(sample.main, f'--out_dir={tmp_path}', '--device=cpu', '--max_new_tokens=30', *args)
+    assert code == 0, err
+    return out.split('\n', 1)[1].split('\n---------------\n')[:-1]
+
+
+def test_a_sample_is_the_same_streamed_or_in_any_batch(tmp_path, program):
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT))
+    texts = sample_texts(program, tmp_path, '--num_samples=5')
+    assert len(set(texts)) == 5
+    for args in (['--batch_size=1'], ['--batch_size=2'], ['--stream=True'], ['--stream=True', '--past_context=slide']):
+        assert sample_texts(program, tmp_path, '--num_samples=5', *args) == texts
+    assert sample_texts(program, tmp_path, '--num_samples=2') == texts[:2]
+    assert sample_texts(program, tmp_path, '--num_samples=5', '--past_context=drop') != texts
+
+
+def test_temperature_0_and_top_k_1_take_the_likeliest(tmp_path, program):
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT))
+    greedy = sample_texts(program, tmp_path, '--num_samples=2', '--temperature=0')
+    assert greedy[0] == greedy[1]
+    for args in (['--top_k=1'], ['--top_p=1e-6', '--top_k=14']):
+        assert sample_texts(program, tmp_path, '--num_samples=2', *args) == greedy
+    assert len(set(sample_texts(program, tmp_path, '--num_samples=2', '--top_k=999'))) == 2  # clamped to the vocabulary
+
+
+def test_stop_token_ends_a_sample_and_is_not_printed(tmp_path, program):
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT))
+    free = sample_texts(program, tmp_path, '--num_samples=4', '--start=a')
+    assert any('e' in text for text in free)
+    cut = [text.split('e')[0] for text in free]
+    for args in ([], ['--stream=True'], ['--batch_size=3']):
+        assert sample_texts(program, tmp_path, '--num_samples=4', '--start=a', '--stop=e', *args) == cut
+
+
+def test_json_lines(tmp_path, program):
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT))
+    texts = sample_texts(program, tmp_path, '--num_samples=3', '--start=ab')
+    code, out, err = program(sample.main, f'--out_dir={tmp_path}', '--device=cpu', '--max_new_tokens=30', '--num_samples=3',
+                             '--start=ab', '--json=True')
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row['sample'] for row in rows] == [0, 1, 2] and 'tokens/s' in err and err.startswith('GPT: ')
+    for row, text in zip(rows, texts):
+        assert row['prompt'] + row['text'] == text and not row['stopped'] and row['prompt'] == 'ab'
+        assert ''.join(CHARS[i] for i in row['tokens']) == row['text'] and len(row['tokens']) == 30
+    code, out, _ = program(sample.main, f'--out_dir={tmp_path}', '--device=cpu', '--num_samples=2', '--json=True', '--max_new_tokens=0')
+    assert [json.loads(line)['tokens'] for line in out.splitlines()] == [[], []]
+
+
+def test_prompt_from_standard_input(tmp_path):
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT))
+    command = [sys.executable, ROOT / 'sample.py', f'--out_dir={tmp_path}', '--device=cpu', '--num_samples=1', '--start=-',
+               '--max_new_tokens=3', '--json=True']
+    for prompt, words in ((b'abc\nabc' * 5, None), (b'', 'start is empty'), (b'\xff', 'start=- cannot be read')):
+        done = subprocess.run(command, input=prompt, capture_output=True, timeout=60)
+        if words:
+            assert done.returncode == 2 and words in done.stderr.decode() and done.stderr.count(b'\n') == 1
+        else:
+            assert json.loads(done.stdout)['prompt'] == prompt.decode()
+
+
+@pytest.mark.parametrize('length', [15, 16, 17, 50])
+def test_prompts_that_fill_the_context(length, tmp_path, program):
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT))
+    for args in ([], ['--past_context=drop']):
+        texts = sample_texts(program, tmp_path, '--num_samples=2', f'--start={"abcde" * 10:.{length}}', *args)
+        assert [len(text) for text in texts] == [length + 30] * 2
+
+
+def test_streaming_holds_half_characters_back(tmp_path, program, monkeypatch):
+    """GPT-2's byte pairs cut a rare character into several tokens."""
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT, vocab_size=50304), 'gpt2')
+    ids = gpt2_encoding().encode('a 東京 🙂!')
+    printed = []
+    monkeypatch.setattr(sample, 'decode', lambda *args: iter([torch.tensor([i]) for i in ids + ids[3:4]]))
+    monkeypatch.setattr(sample, 'print', lambda text, end='\n', **kwargs: printed.append(text + end), raising=False)
+    code, _, err = program(sample.main, f'--out_dir={tmp_path}', '--device=cpu', '--num_samples=1', '--stream=True')
+    text = ''.join(printed)
+    assert code == 0 and 'a 東京 🙂!' in text and len(ids) > 7, err
+    assert text.count('\N{REPLACEMENT CHARACTER}') == 1  # the half character that the sample ends with
+
+
+def test_samples_from_a_hugging_face_directory(tmp_path, program):
+    export_huggingface.to_hugging_face(tiny_model(GPT, vocab_size=50304)).save_pretrained(tmp_path / 'hf')
+    code, out, err = program(sample.main, f'--init_from={tmp_path / "hf"}', '--device=cpu', '--num_samples=1', '--max_new_tokens=3',
+                             '--start=To be', '--dtype=bfloat16')
+    assert code == 0 and 'To be' in out, err
+    export_huggingface.to_hugging_face(tiny_model(GPT)).save_pretrained(tmp_path / 'chars')
+    (tmp_path / 'bert').mkdir()
+    (tmp_path / 'bert' / 'config.json').write_text('{"model_type": "bert"}')
+    (tmp_path / 'broken').mkdir()
+    (tmp_path / 'broken' / 'config.json').write_text('{')
+    for name, words in (('chars', "not GPT-2's 50257"), ('bert', "of type 'bert', not a GPT-2"), ('broken', 'cannot be loaded')):
+        code, out, err = program(sample.main, f'--init_from={tmp_path / name}', '--device=cpu')
+        assert code == 2 and words in err and err.count('\n') == 1 and out == ''
+
+
 @pytest.mark.parametrize('args, words', [
     (['--start=é'], "has 'é', which the model's vocabulary of 14 characters lacks"), (['--start='], 'start is empty'),
     (['--start=FILE:nothing.txt'], 'start=FILE:nothing.txt cannot be read'), (['--top_k=0'], 'top_k=0 must be at least 1'),
     (['--temperature=-1'], 'temperature=-1.0 must be at least 0'), (['--num_samples=0'], 'num_samples=0'),
-    (['--init_from=bert'], "init_from='bert' must be 'resume'"), (['--device=tpu'], "device='tpu'"),
+    (['--init_from=bert'], "init_from='bert' must be 'resume'"), (['--init_from=gpt2-huge'], 'gpt2-medium'),
+    (['--top_p=0'], 'top_p=0.0 must be above 0'), (['--top_p=1.1'], 'top_p=1.1'), (['--batch_size=0'], 'batch_size=0'),
+    (['--stop=ab'], "stop='ab' is 2 tokens"), (['--stream=True', '--json=True'], 'exclude each other'),
+    (['--past_context=forget'], "must be slide or drop"), (['--device=tpu'], "device='tpu'"),
     (['--out_dir=nothing'], 'there is no checkpoint nothing'), (['--temprature=1'], 'did you mean temperature?')])
 def test_bad_input(args, words, tmp_path, program):
     save(tmp_path / 'ckpt.pt', tiny_model(GPT))

@@ -1,0 +1,156 @@
+import math
+
+import pytest
+import torch
+from conftest import CHARS, tiny_model
+from test_checkpoint import save
+
+import convert_mla
+import train_mla
+from checkpoint import load_model, read_checkpoint
+from convert_mla import Moments, activation_moments, convert, factor
+from model import GPT
+from model_mla import GPT_MLA
+from train import main as train_main
+
+
+def trained_like(seed=0, **settings):
+    model = tiny_model(GPT, seed, **settings)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return model
+
+
+def some_moments(model):
+    return activation_moments(model, [torch.randint(14, (8, 16)) for _ in range(20)])
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('weighted', [True, False])
+@torch.no_grad()
+def test_with_all_of_the_width_it_is_exact(bias, weighted):
+    model = trained_like(bias=bias, gelu='tanh')
+    idx = torch.randint(14, (4, 16))
+    moments = some_moments(model) if weighted else None
+    single, _ = convert(model, 16, moments)
+    assert type(single) is GPT_MLA and single.config.gelu == 'tanh' and not single.training
+    assert single.lm_head.weight.dtype == torch.float32
+    torch.testing.assert_close(single(idx, idx)[0], model(idx, idx)[0], atol=1e-4, rtol=0)
+    model.double()
+    double, errors = convert(model, 16, moments)
+    torch.testing.assert_close(double(idx, idx)[0], model(idx, idx)[0], atol=1e-10, rtol=0)
+    assert max(max(row) for row in errors) < 1e-12
+    if bias:
+        for ours, theirs in zip(double.transformer.h, model.transformer.h):
+            assert torch.equal(ours.attn.query.bias, theirs.attn.c_attn.bias[:16])
+            torch.testing.assert_close(torch.cat([ours.attn.key.bias, ours.attn.value.bias]), theirs.attn.c_attn.bias[16:])
+    else:
+        assert double.transformer.h[0].attn.key.bias is None
+
+
+@torch.no_grad()
+def test_moments_are_those_of_the_attentions_input():
+    model = trained_like(n_layer=2).double()
+    idx = torch.randint(14, (6, 10))
+    moments = activation_moments(model, idx.split(2))
+    x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(10))
+    for block, ours in zip(model.transformer.h, moments):
+        rows = block.ln_1(x).reshape(-1, 16)
+        torch.testing.assert_close(ours.mean, rows.mean(0))
+        torch.testing.assert_close(ours.second, rows.T @ rows / 60)
+        x = block(x)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_no_other_factors_of_this_rank_lose_less_on_the_text(bias):
+    torch.manual_seed(0)
+    x = torch.randn(4000, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + torch.randn(6, dtype=torch.float64)
+    W, b = torch.randn(12, 6, dtype=torch.float64), torch.randn(12, dtype=torch.float64) if bias else None
+    D, E, b_new, errors = factor(W, b, Moments(x.mean(0), x.T @ x / len(x)), 3)
+    assert D.shape == (12, 3) and E.shape == (3, 6)
+    wanted = x @ W.T + (b if bias else 0)
+    least = (wanted - x @ (D @ E).T - (b_new if bias else 0)).square().mean().item()
+    # what no rank can go below, by Eckart and Young: the outputs' own singular values, about their mean if a bias may have it
+    singular = torch.linalg.svdvals(wanted - wanted.mean(0) if bias else wanted)
+    assert least == pytest.approx((singular[3:].square().sum() / wanted.numel()).item(), rel=1e-3)
+    assert errors[2] == pytest.approx((singular[3:].norm() / singular.norm()).item(), rel=1e-3)
+    # and a search from there finds nothing better
+    free = [t.clone().requires_grad_() for t in ((D, E, b_new) if bias else (D, E))]
+    optimizer = torch.optim.Adam(free, lr=1e-3)
+    for _ in range(200):
+        loss = (wanted - x @ (free[0] @ free[1]).T - (free[2] if bias else 0)).square().mean()
+        assert loss.item() > least * (1 - 1e-6)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_without_a_text_the_weights_singular_values_decide():
+    W = torch.randn(12, 6, dtype=torch.float64)
+    D, E, b, errors = factor(W, None, None, 2)
+    singular = torch.linalg.svdvals(W)
+    assert (W - D @ E).norm().item() == pytest.approx(singular[2:].norm().item()) and b is None
+    assert errors[2] == pytest.approx((singular[2:].norm() / singular.norm()).item())
+    keys, values = W[:6], W[6:]
+    for error, part, ours in ((errors[0], keys, (D @ E)[:6]), (errors[1], values, (D @ E)[6:])):
+        assert error == pytest.approx(((part - ours).norm() / part.norm()).item())
+
+
+def test_a_text_that_takes_few_directions_is_kept_with_few():
+    """Activations in two dimensions: a latent of two loses nothing on them, and one of all six nothing anywhere."""
+    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q[:, :2]
+    moments = Moments(torch.zeros(6, dtype=torch.float64), basis @ basis.T)
+    W = torch.randn(12, 6, dtype=torch.float64)
+    D, E, _, _ = factor(W, None, moments, 2)
+    assert (W @ basis - D @ E @ basis).norm() < 1e-4
+    D, E, _, _ = factor(W, None, moments, 6)
+    torch.testing.assert_close(D @ E, W, atol=1e-10, rtol=0)
+
+
+def test_program_reports_saves_and_training_goes_on(tiny_args, data_dir, tmp_path, program):
+    assert program(train_main, *tiny_args, '--max_iters=60', '--eval_interval=30', '--bias=True')[0] == 0
+    source, out_dir = tmp_path / 'out' / 'ckpt.pt', tmp_path / 'mla'
+    code, out, err = program(convert_mla.main, source, '--n_latent=16', f'--out_dir={out_dir}', '--device=cpu',
+                             '--calibration_tokens=500', '--val_tokens=400')
+    assert code == 0, err
+    assert f'weighted by the activations of {data_dir}' in out and [p.name for p in out_dir.iterdir()] == ['ckpt_mla.pt']
+    before, after = (float(out.split(' nats before')[0].split()[-1]), float(out.split(' after')[0].split()[-1]))
+    assert before == pytest.approx(after, abs=1e-4)
+    idx = torch.randint(14, (2, 16))
+    converted, spec = load_model(out_dir)
+    torch.testing.assert_close(converted(idx, idx)[0], load_model(source)[0](idx, idx)[0], atol=1e-4, rtol=0)
+    assert spec == CHARS and read_checkpoint(out_dir / 'ckpt_mla.pt')['iter_num'] == 0
+
+    args = [a for a in tiny_args if not a.startswith(('--out_dir', '--n_'))]
+    code, out, err = program(lambda: train_mla.main(GPT_MLA), *args, f'--out_dir={out_dir}', '--init_from=resume')
+    assert code == 0, err
+    assert 'note: the checkpoint has no optimizer state: it starts fresh, at iteration 0' in out
+    assert 'step      0 ' in out and 'step      6 ' in out
+    first = float(out.split('step      0 ')[1].split('val loss ')[1].split()[0])
+    assert abs(first - after) < 0.3 < math.log(14) - first  # it goes on from what was learned
+
+
+def test_smaller_latents_and_no_text(tmp_path, program):
+    save(tmp_path / 'ckpt.pt', trained_like())  # of openwebtext, which is not here
+    code, out, err = program(convert_mla.main, tmp_path / 'ckpt.pt', f'--out_dir={tmp_path / "mla"}', '--device=cpu')
+    assert code == 0 and 'of the weights alone, no text' in out and 'no val loss' in out, err
+    assert load_model(tmp_path / 'mla')[0].config.n_latent == 8
+
+
+def test_bad_input_writes_nothing(tmp_path, data_dir, program):
+    save(tmp_path / 'ckpt.pt', trained_like())
+    save(tmp_path / 'gpt2.pt', trained_like(vocab_size=50304), 'gpt2')
+    save(tmp_path / 'ckpt_mla.pt', tiny_model(GPT_MLA))
+    before = sorted(tmp_path.rglob('*'))
+    new = f'--out_dir={tmp_path / "new"}'
+    for args, words in (((), 'no checkpoint was given'), (('--n_latent=4',), 'no checkpoint was given'),
+                        ((tmp_path / 'no.pt', new), 'there is no checkpoint'), ((tmp_path / 'ckpt_mla.pt', new), 'only a GPT'),
+                        ((tmp_path / 'ckpt.pt', new, '--n_latent=17'), 'n_latent=17 must be at most n_embd=16'),
+                        ((tmp_path / 'ckpt.pt', new, '--n_latent=0'), 'n_latent=0'),
+                        ((tmp_path / 'ckpt.pt', new, '--dataset=nothing'), 'no folder'),
+                        ((tmp_path / 'gpt2.pt', new, f'--dataset={data_dir}'), 'another vocabulary'),
+                        ((tmp_path / 'ckpt.pt', new, '--latent=3'), 'did you mean n_latent?'),
+                        ((tmp_path / 'ckpt.pt', f'--out_dir={tmp_path}'), 'has a ckpt_mla.pt already')):
+        code, out, err = program(convert_mla.main, *args)
+        assert code == 2 and words in err and err.count('\n') == 1, err
+    assert sorted(tmp_path.rglob('*')) == before
