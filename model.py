@@ -54,16 +54,25 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that multiplies a few rows, as decoding has them, in groups of outputs side by side: BLAS would leave a
-    single row to one core of a CPU."""
+    """nn.Linear, with a way round two things that torch does slowly on a CPU without gradients, that is in decoding."""
 
     def forward(self, x):
-        few = x.numel() <= 8 * self.in_features and self.weight.numel() > 100_000
-        if not few or x.dtype != torch.float32 or x.device.type != 'cpu' or torch.is_grad_enabled():
+        if x.device.type != 'cpu' or torch.is_grad_enabled():
             return super().forward(x)
+        n_rows = x.numel() // self.in_features
+        if n_rows <= 8 and x.dtype == torch.float32 and self.weight.numel() > 100_000:
+            return self.in_groups(x)
+        if n_rows > 8 and x.dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'AVX2'):
+            # which have no fast product of half-precision matrices
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
+        return super().forward(x)
+
+    def in_groups(self, x):
+        """A few rows times the weight in groups of outputs, side by side: a single row would be left to one core."""
         threads = torch.get_num_threads()
         groups = next((n for n in range(threads, 16 * threads) if self.out_features % n == 0), 1)
-        rows = x.view(1, -1, self.in_features).expand(groups, -1, -1)  # (groups, rows, n_in)
+        rows = x.reshape(1, -1, self.in_features).expand(groups, -1, -1)  # (groups, rows, n_in)
         weight = self.weight.view(groups, -1, self.in_features).mT  # (groups, n_in, n_out / groups)
         if self.bias is None:
             y = torch.bmm(rows, weight)

@@ -155,6 +155,18 @@ def test_linear_is_torchs(n_in, n_out, bias, monkeypatch):
             torch.testing.assert_close(ours(x).double(), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize('bias', [True, False])
+@torch.no_grad()
+def test_linear_in_half_precision(dtype, tolerance, bias):
+    ours = Linear(64, 32, bias=bias).to(dtype)
+    for n_rows in (1, 8, 9, 40):
+        x = torch.randn(1, n_rows, 64, dtype=dtype)
+        wanted = F.linear(x.double(), ours.weight.double(), None if ours.bias is None else ours.bias.double())
+        assert ours(x).dtype == dtype
+        torch.testing.assert_close(ours(x).double(), wanted, atol=tolerance, rtol=tolerance)
+
+
 def test_linear_has_gradients():
     layer, x = Linear(400, 300), torch.randn(1, 1, 400, requires_grad=True)
     layer(x).sum().backward()

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import DecodeConfig
+from convert_mla import ConvertConfig
 from model_mla import MLAConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -10,7 +12,7 @@ from train import TrainConfig
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('config_class', [TrainConfig, MLAConfig, SampleConfig])
+@pytest.mark.parametrize('config_class', [TrainConfig, MLAConfig, SampleConfig, ConvertConfig, DecodeConfig])
 def test_every_key_is_explained_with_its_default(config_class):
     missing = [f.name for f in fields(config_class) if f'| `{f.name}` | `{f.default!r}` | ' not in README]
     assert missing == []

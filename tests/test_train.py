@@ -185,6 +185,23 @@ def test_a_compiled_model_learns_the_same(tiny_args, tmp_path, program):
     np.testing.assert_allclose(*losses, atol=1e-4)
 
 
+@pytest.mark.parametrize('strip, steps, notes', [
+    (('optimizer',), 2, ['no optimizer state: it starts fresh, at iteration 6']),
+    (('model_type', 'tokenizer', 'scaler'), 8, ["is another program's"]),  # as nanoGPT writes it
+    (('model_type', 'tokenizer', 'scaler', 'optimizer', 'iter_num', 'best_val_loss', 'config'), 8,
+     ["is another program's", 'no optimizer state: it starts fresh, at iteration 0'])])
+def test_what_a_checkpoint_lacks_starts_fresh_and_is_said(strip, steps, notes, tiny_args, tmp_path, program):
+    assert program(trainer.main, *tiny_args)[0] == 0
+    path = tmp_path / 'out' / 'ckpt.pt'
+    checkpoint = {k: v for k, v in torch.load(path, weights_only=True).items() if k not in strip}
+    torch.save(checkpoint, path)
+    code, out, err = program(trainer.main, *tiny_args, '--init_from=resume', '--max_iters=8')
+    assert code == 0 and out.count('note: ') == len(notes) and all(note in out for note in notes), err
+    resumed = torch.load(path, weights_only=True)
+    assert resumed['iter_num'] == 8
+    assert {int(state['step']) for state in resumed['optimizer']['state'].values()} == {steps}
+
+
 def test_eval_only_writes_nothing(tiny_args, tmp_path, program):
     code, out, _ = program(trainer.main, *tiny_args, '--eval_only=True')
     assert code == 0 and out.count('val loss') == 1 and not (tmp_path / 'out').exists()
@@ -210,10 +227,10 @@ def test_only_the_best_is_kept_unless_every_one_is_wanted(tiny_args, tmp_path, p
 def test_gpt2_weights_are_trained_on_with_a_shorter_context(tiny_args, tmp_path, data_dir, program, monkeypatch):
     from transformers import GPT2Config, GPT2LMHeadModel
     monkeypatch.chdir(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=14, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained('gpt2-local')
     code, _, err = program(trainer.main, *tiny_args, '--init_from=gpt2-local')
     assert code == 2 and 'holds characters' in err
     (data_dir / 'meta.pkl').unlink()  # then the tokens count as GPT-2's
-    GPT2LMHeadModel(GPT2Config(vocab_size=14, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained('gpt2-local')
     args = [a for a in tiny_args if not a.startswith(('--n_', '--block_size'))] + ['--init_from=gpt2-local']
     assert program(trainer.main, *args, '--block_size=8')[0] == 0
     model, _ = load_model(tmp_path / 'out')
