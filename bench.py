@@ -3,7 +3,7 @@ Speed and memory, measured with random weights of a given shape (default: GPT-2'
 
     python bench.py decode                                                        MHA and MLA
     python bench.py decode --contexts=1 --against=../nanoGPT,transformers         and a nanoGPT checkout, and transformers
-    python bench.py decode --dtype=bfloat16 --batch_size=8 --json=True
+    python bench.py decode --dtype=bfloat16 --batch_size=8 --json
 """
 
 import contextlib

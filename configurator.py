@@ -4,7 +4,8 @@ Settings from Python config files and --key=value, later ones winning:
     python train.py config/train_shakespeare_char.py --batch_size=32 --device=cpu
 
 A config file is Python that assigns keys. Names that begin with _ or are bound to modules, functions or classes are
-not keys. The known keys, their types, defaults and comments are those of dataclasses; --help prints them.
+not keys. A switch such as --stream may go without its =True. The known keys, their types, defaults and comments are
+those of dataclasses; --help prints them.
 """
 
 import builtins
@@ -78,8 +79,11 @@ def configure(argv, config_class, model_config_class=None, **defaults):
 
 
 def read_option(arg, hints):
-    """'--key=value' -> {key: value}; the value of a key that is not text is read as a Python literal."""
+    """'--key=value' -> {key: value}; the value of a key that is not text is read as a Python literal. A switch may go
+    without: --key is --key=True."""
     key, equals, value = arg.removeprefix('--').partition('=')
+    if arg.startswith('--') and not equals and hints.get(key) is bool:
+        return {key: True}
     if not arg.startswith('--') or not equals:
         raise UserError(f"{arg!r} is not understood: options are written --key=value, for instance "
                         f"--{key.lstrip('-') if key.lstrip('-') in hints else 'max_iters'}=...; --help lists the keys")

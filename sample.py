@@ -1,9 +1,9 @@
 """
 Sample from a trained model:
 
-    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --stream=True
+    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --stream
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --top_p=0.95 --top_k=50257 --stop="<|endoftext|>"
-    echo "To be" | python sample.py --out_dir=out --start=- --json=True
+    echo "To be" | python sample.py --out_dir=out --start=- --json
 
 sample_mla.py is this program with another default: which checkpoint it looks for in out_dir.
 """

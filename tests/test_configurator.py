@@ -34,6 +34,7 @@ def test_values_by_type():
     assert s == Settings(text='1e3=x', count=7, rate=2.0, switch=False, flag=True, maybe=3)
     assert type(s.rate) is float
     assert settings('--switch=auto', '--maybe=None', '--text=').text == ''
+    assert settings('--flag').flag and not settings('--flag', '--flag=False').flag
 
 
 @pytest.mark.parametrize('arg, words', [
@@ -41,6 +42,7 @@ def test_values_by_type():
     ('--rate=fast', "must be a number"), ('--rate=1e999', 'finite'), ('--flag=1', 'True or False'),
     ('--switch=1', "True, False or auto"), ('--switch=on', 'True, False or auto'), ('--count=' + '9' * 30, '2**63'),
     ('--maybe=x', 'a whole number or None'), ('--cuont=3', 'did you mean count?'), ('--count', '--key=value'),
+    ('--switch', '--key=value'), ('flag', 'no config file'), ('-flag', '--key=value'),
     ('-count=3', '--count='), ('nothing.py', 'no config file'), ('count=3', 'did you mean --count=3?'),
     ('--rate=' + '(' * 5000, 'a number'),
 ])
