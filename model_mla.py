@@ -84,8 +84,8 @@ class MultiLatentAttention(nn.Module):
         mask = None if mask is None else mask.repeat_interleave(H, dim=0)  # (T * n_head, S)
         c = c.unsqueeze(1)  # (B, 1, S, n_latent)
         z = F.scaled_dot_product_attention(q, c, c, mask, scale=(n_embd // H) ** -0.5)  # (B, 1, T * n_head, n_latent)
-        y = torch.bmm(z.reshape(B * T, H, -1).transpose(0, 1), W_V.mT)  # (n_head, B * T, head_dim)
-        y = y.transpose(0, 1).reshape(B, T, n_embd)
+        y = torch.bmm(W_V, z.reshape(B * T, H, -1).permute(1, 2, 0))  # (n_head, head_dim, B * T)
+        y = y.permute(2, 0, 1).reshape(B, T, n_embd)
         return y if self.value.bias is None else y + self.value.bias
 
     def new_cache(self, B, length, dtype, device):

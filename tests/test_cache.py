@@ -159,12 +159,13 @@ def test_linear_is_torchs(n_in, n_out, bias, monkeypatch):
 @pytest.mark.parametrize('bias', [True, False])
 @torch.no_grad()
 def test_linear_in_half_precision(dtype, tolerance, bias):
-    ours = Linear(64, 32, bias=bias).to(dtype)
+    ours, enabled = Linear(64, 32, bias=bias).to(dtype), torch.backends.mkldnn.enabled
     for n_rows in (1, 8, 9, 40):
         x = torch.randn(1, n_rows, 64, dtype=dtype)
         wanted = F.linear(x.double(), ours.weight.double(), None if ours.bias is None else ours.bias.double())
         assert ours(x).dtype == dtype
         torch.testing.assert_close(ours(x).double(), wanted, atol=tolerance, rtol=tolerance)
+    assert torch.backends.mkldnn.enabled == enabled
 
 
 def test_linear_has_gradients():
