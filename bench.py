@@ -4,28 +4,39 @@ Speed and memory, measured with random weights of a given shape (default: GPT-2'
     python bench.py decode                                                        MHA and MLA
     python bench.py decode --contexts=1 --against=../nanoGPT,transformers         and a nanoGPT checkout, and transformers
     python bench.py decode --dtype=bfloat16 --batch_size=8 --json
+    python bench.py train --batch_size=1                                          a step of MHA, MLA and k-ahead
+
+and with a trained model, since it depends on how good the guesses are:
+
+    python bench.py k-ahead --out_dir=out_k_ahead                                 all heads against one token at a time
 """
 
 import contextlib
 import importlib.util
 import json
+import multiprocessing
 import platform
+import resource
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import describe
+from checkpoint import describe, find_checkpoint, load_model, read_checkpoint
 from configurator import UserError, build, configure, run
-from device import pick_device, pick_dtype
+from dataset import open_data
+from device import autocast, pick_device, pick_dtype
 from export_huggingface import to_hugging_face
-from generate import generate
+from generate import Tally, generate
 from model import GPT
+from model_k_ahead import GPT_KAhead, KAheadConfig
 from model_mla import GPT_MLA, MLAConfig
 
 TEMPERATURE, TOP_K = 0.8, 200  # the sampler's defaults, for all
@@ -44,9 +55,56 @@ class DecodeConfig:
     json: bool = False  # print JSON in place of the table
 
     def __post_init__(self):
-        for key, least in dict(new_tokens=2, batch_size=1, rounds=1, seed=0).items():
-            if getattr(self, key) < least:
-                raise ValueError(f'{key}={getattr(self, key)} must be at least {least}')
+        check_least(self, new_tokens=2, batch_size=1, rounds=1, seed=0)
+
+
+@dataclass
+class StepConfig:
+    batch_size: int = 1  # sequences of block_size tokens in a step
+    steps: int = 3  # that are measured, after a first one
+    device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast; 'auto': bfloat16 on a GPU
+    compile: bool = False  # torch.compile
+    seed: int = 1337  # of weights and batches
+    json: bool = False  # print JSON in place of the table
+
+    def __post_init__(self):
+        check_least(self, batch_size=1, steps=1, seed=0)
+
+
+@dataclass
+class KAheadDecodeConfig:
+    out_dir: str = 'out_k_ahead'  # a folder with a k-ahead checkpoint, or the checkpoint itself
+    dataset: str = ''  # whose val split gives the prompts; '': the one of the checkpoint
+    prompts: int = 40  # how many, evenly spread
+    prompt_tokens: int = 16  # in each of them
+    new_tokens: int = 48  # to decode after each prompt
+    batch_size: int = 1  # prompts side by side
+    temperature: float = 0.0  # 0: greedy
+    past_context: Literal['slide', 'drop'] = 'slide'  # past block_size, as in sample.py
+    device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # weights and cache; 'auto': bfloat16 on a GPU
+    seed: int = 1337  # of the draws
+    json: bool = False  # print JSON in place of the table
+
+    def __post_init__(self):
+        check_least(self, prompts=1, prompt_tokens=1, new_tokens=2, batch_size=1, temperature=0, seed=0)
+
+
+def check_least(config, **at_least):
+    for key, least in at_least.items():
+        if getattr(config, key) < least:
+            raise ValueError(f'{key}={getattr(config, key)} must be at least {least}')
+
+
+def describe_machine(device_type):
+    return {'device': torch.cuda.get_device_name() if device_type == 'cuda' else platform.machine(),
+            'threads': torch.get_num_threads(), 'torch': torch.__version__}
+
+
+def conditions(config, dtype, machine):
+    return (f'batch of {config.batch_size}, {str(dtype).removeprefix("torch.")}, {machine["device"]}, '
+            f'{machine["threads"]} threads, torch {machine["torch"]}')
 
 
 @dataclass
@@ -157,13 +215,11 @@ def decode(argv):
         rows.append({'context': idx.size(1), 'new_tokens': n, 'model': contender.name, 'first_token_seconds': first,
                      'tokens_per_second': rate,
                      'cache_bytes': contender.cache_bytes and contender.cache_bytes(idx.size(1) + n)})
-    machine = {'device': torch.cuda.get_device_name() if device_type == 'cuda' else platform.machine(),
-               'threads': torch.get_num_threads(), 'torch': torch.__version__}
+    machine = describe_machine(device_type)
     if config.json:
         print(json.dumps({'rows': rows, 'settings': asdict(config) | asdict(shape) | machine}, indent=2))
         return
-    print(f'{describe(gpt)}\n{describe(mla)}\nbatch of {config.batch_size}, {str(dtype).removeprefix("torch.")}, '
-          f'{machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}; median of {config.rounds}\n')
+    print(f'{describe(gpt)}\n{describe(mla)}\n{conditions(config, dtype, machine)}; median of {config.rounds}\n')
     print(f'{"context":>8}{"new":>6}  {"model":<14}{"first token":>12}{"tokens/s":>10}{"against MHA":>13}{"cache":>12}')
     for row in rows:
         mha = next(r for r in rows if r['context'] == row['context'])
@@ -172,7 +228,128 @@ def decode(argv):
               f"{row['tokens_per_second']:>10.1f}{row['tokens_per_second'] / mha['tokens_per_second']:>12.2f}x{cache:>12}")
 
 
-COMMANDS = {'decode': decode}
+def peak_bytes(device_type):
+    """The most memory that this process has had: of the GPU, or of the machine."""
+    if device_type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def measure_steps(model_class, model_config, config):
+    """Train a model for some steps in a process of its own. Returns its description, ms per step and peak bytes."""
+    device, device_type = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device_type)
+    torch.set_float32_matmul_precision('high')
+    torch.manual_seed(config.seed)
+    before = peak_bytes(device_type)
+    model = model_class(model_config).to(device)
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
+    net = torch.compile(model) if config.compile else model
+    times = []
+    for _ in range(config.steps + 1):
+        idx = torch.randint(model_config.vocab_size, (config.batch_size, model_config.block_size + 1), device=device)
+        t0 = time.perf_counter()
+        with autocast(device_type, dtype):
+            loss = net(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        del loss  # and with it its graph
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device_type == 'cuda':
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - t0)
+    return describe(model), statistics.median(times[1:]) * 1e3, peak_bytes(device_type) - before
+
+
+def step(argv):
+    config, given = configure(argv, StepConfig, KAheadConfig)
+    contenders = []
+    for name, model_class, extra in (('MHA', GPT, {}), ('MLA', GPT_MLA, {}), ('k-ahead', GPT_KAhead, {}),
+                                     ('k-ahead, linear heads', GPT_KAhead, {'head': 'linear'})):
+        known = {f.name for f in fields(model_class.config_class)}
+        if model_class is GPT_KAhead and given.get('attention') != 'mla':
+            known -= {'n_latent'}
+        contenders.append((name, model_class, build(model_class.config_class, {k: v for k, v in given.items() if k in known} | extra)))
+    device_type = pick_device(config.device)[1]
+    rows = []
+    with tqdm(contenders, leave=False, disable=not sys.stderr.isatty()) as progress:
+        for name, model_class, model_config in progress:
+            progress.set_description(name)
+            # a new process for each, since a process's peak never falls again
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+                description, ms, peak = pool.submit(measure_steps, model_class, model_config, config).result()
+            rows.append({'model': name, 'description': description, 'ms_per_step': ms, 'peak_bytes': peak,
+                         'tokens_per_second': config.batch_size * model_config.block_size / ms * 1e3})
+    machine = describe_machine(device_type)
+    if config.json:
+        print(json.dumps({'rows': rows, 'settings': asdict(config) | asdict(model_config) | machine}, indent=2))
+        return
+    print('\n'.join(row['description'] for row in rows))
+    print(f'{conditions(config, pick_dtype(config.dtype, device_type), machine)}{", compiled" if config.compile else ""}; '
+          f'median of {config.steps}\n')
+    print(f'{"model":<24}{"ms per step":>12}{"tokens/s":>10}{"peak memory":>14}{"against MHA":>13}')
+    for row in rows:
+        print(f"{row['model']:<24}{row['ms_per_step']:>12,.0f}{row['tokens_per_second']:>10,.0f}{row['peak_bytes'] / 1e6:>11,.0f} MB"
+              f"{row['peak_bytes'] / rows[0]['peak_bytes']:>12.2f}x")
+
+
+def k_ahead(argv):
+    config, _ = configure(argv, KAheadDecodeConfig)
+    device, device_type = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device_type)
+    model, tokenizer = load_model(config.out_dir, device, 'k_ahead', dtype)
+    if getattr(model.config, 'k_ahead', 1) < 2:
+        raise UserError(f'out_dir={config.out_dir} holds a {type(model).__name__} of one head, which guesses nothing: train one '
+                        'with train_k_ahead.py')
+    dataset = config.dataset or (read_checkpoint(find_checkpoint(config.out_dir, 'k_ahead'), mmap=True).get('config')
+                                 or {}).get('dataset', '')
+    data = open_data(dataset)
+    data.check(config.prompt_tokens, model.config.vocab_size)
+    starts = np.linspace(0, len(data.val) - config.prompt_tokens, config.prompts, dtype=np.int64)
+    prompts = torch.from_numpy(np.stack([data.val[i:i + config.prompt_tokens] for i in starts]).astype(np.int64)).to(device)
+    n_vocab = min(model.config.vocab_size, 50257 if tokenizer == 'gpt2' else len(tokenizer))
+
+    def decode(idx, speculative):
+        torch.manual_seed(config.seed)
+        t0 = time.perf_counter()
+        out = generate(model, idx, config.new_tokens, n_vocab, temperature=config.temperature, past_context=config.past_context,
+                       speculative=speculative, tally=tally)
+        if device_type == 'cuda':
+            torch.cuda.synchronize()
+        return out, time.perf_counter() - t0
+
+    seconds, equal, tally = {True: 0.0, False: 0.0}, 0, Tally()
+    for speculative in seconds:
+        decode(prompts[:config.batch_size], speculative)  # the first call of anything is slow
+    tally = Tally()
+    for batch in tqdm(prompts.split(config.batch_size), leave=False, disable=not sys.stderr.isatty()):
+        texts = []
+        for speculative in seconds:
+            text, duration = decode(batch, speculative)
+            texts.append(text)
+            seconds[speculative] += duration
+        equal += (texts[0] == texts[1]).all(dim=1).sum().item()
+    n_tokens = config.prompts * config.new_tokens
+    rates = {speculative: n_tokens / duration for speculative, duration in seconds.items()}
+    machine = describe_machine(device_type)
+    result = {'tokens_per_second': rates[True], 'one_at_a_time_tokens_per_second': rates[False],
+              'speed_up': rates[True] / rates[False], 'tokens_per_pass': tally.tokens_per_pass,
+              'guesses_that_stood': [stood / tally.passes for stood in tally.stood], 'same_texts': equal}
+    if config.json:
+        print(json.dumps(result | {'settings': asdict(config) | asdict(model.config) | machine}, indent=2))
+        return
+    print(f'{describe(model)}\n{conditions(config, dtype, machine)}; {config.prompts} prompts of {config.prompt_tokens} val tokens of '
+          f'{dataset}, {config.new_tokens} new tokens each, temperature {config.temperature:g}\n')
+    print(f'one token at a time   {rates[False]:8,.0f} tokens/s')
+    print(f'with all heads        {rates[True]:8,.0f} tokens/s   {rates[True] / rates[False]:.2f} times as fast')
+    print(f'tokens per pass       {tally.tokens_per_pass:8.2f}')
+    for i, stood in enumerate(tally.stood, start=2):
+        print(f'guess of head {i} stood {stood / tally.passes:8.1%} of the passes')
+    if config.temperature == 0:
+        print(f'same text             {equal:8} of {config.prompts} prompts')
+
+
+COMMANDS = {'decode': decode, 'train': step, 'k-ahead': k_ahead}
 
 
 def main():
@@ -180,7 +357,7 @@ def main():
     if command in ('-h', '--help'):
         print(__doc__.strip())
     elif command not in COMMANDS:
-        raise UserError(f"what to measure is {command!r}, it must be {' or '.join(COMMANDS)}: python bench.py decode --key=value")
+        raise UserError(f"what to measure is {command!r}, it must be one of {', '.join(COMMANDS)}: python bench.py decode --key=value")
     else:
         COMMANDS[command](argv)
 

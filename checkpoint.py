@@ -15,9 +15,10 @@ from configurator import UserError, build
 from data.tokenizer import dataset_tokenizer
 from dataset import data_folder
 from model import GPT, GPTConfig
+from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 
-MODELS = {cls.model_type: cls for cls in (GPT, GPT_MLA)}
+MODELS = {cls.model_type: cls for cls in (GPT, GPT_MLA, GPT_KAhead)}
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
@@ -150,6 +151,7 @@ def load_model(source, device='cpu', model_type=None, dtype=torch.float32):
 def describe(model):
     """One line: class, size and number of parameters."""
     c = model.config
-    latent = f', latent {c.n_latent}' if hasattr(c, 'n_latent') else ''
-    return (f'{type(model).__name__}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide{latent}, '
+    latent = f', latent {c.n_latent}' if getattr(c, 'n_latent', None) else ''
+    ahead = f', {c.k_ahead} tokens ahead by {c.head} heads' if hasattr(c, 'k_ahead') else ''
+    return (f'{type(model).__name__}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide{latent}{ahead}, '
             f'context {c.block_size}, {model.get_num_params(non_embedding=False) / 1e6:.2f} M parameters')

@@ -11,7 +11,7 @@ from device import autocast
 
 @torch.no_grad()
 def split_loss(model, tokens, dtype=torch.float32, batch_size=64):
-    """Mean loss in nats over a whole split: every token but the first is predicted once, from windows of block_size that
+    """Mean loss in nats of the next token over a whole split: every token but the first is predicted once, from windows of block_size that
     do not overlap."""
     device, block_size = next(model.parameters()).device, model.config.block_size
     total = 0.0
@@ -24,5 +24,5 @@ def split_loss(model, tokens, dtype=torch.float32, batch_size=64):
         windows = np.stack([tokens[i:i + block_size + 1] for i in group]).astype(np.int64)  # (B, T + 1)
         windows = torch.from_numpy(windows).to(device)
         with autocast(device.type, dtype):
-            total += model(windows[:, :-1], windows[:, 1:])[1].item() * windows[:, 1:].numel()
+            total += model.losses(windows[:, :-1], windows[:, 1:])[0].item() * windows[:, 1:].numel()
     return total / (len(tokens) - 1)

@@ -1,10 +1,30 @@
 """
 Decoding: from a model and a prompt to token ids, for every model of the project. The prompt is read once into a cache,
-after which each pass of the model reads one token.
+after which each pass of the model reads one token (one_by_one) or, where a model has several heads, what its heads guess
+that comes next as well (speculate).
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
+
+
+@dataclass
+class Tally:
+    """What came of the passes of speculate, those of all sequences counted alike; the one that reads the prompt is left out."""
+    passes: int = 0
+    stood: tuple = ()  # in how many of them the first guess stood, the first two, ...
+
+    @property
+    def tokens_per_pass(self):
+        return 1 + sum(self.stood) / self.passes if self.passes else float('nan')
+
+    def add(self, gained, k):
+        """gained (B,): the tokens by which a pass brought each sequence on, of k at most."""
+        self.passes += len(gained)
+        stood = [(gained > i).sum().item() for i in range(1, k)]
+        self.stood = tuple(map(sum, zip(self.stood or [0] * (k - 1), stood)))
 
 
 def generate(model, idx, max_new_tokens, n_vocab, **settings):
@@ -16,7 +36,7 @@ def generate(model, idx, max_new_tokens, n_vocab, **settings):
 
 @torch.no_grad()
 def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top_p=1.0, stop=None, past_context='slide',
-           generators=None):
+           generators=None, speculative=True, tally=None):
     """Yield the next token of each of the prompts idx (B, T), then the one after it, and so on: tensors (B,).
 
     Ids at or above n_vocab, with which a vocabulary was padded, are never drawn. A temperature of 0 takes the likeliest
@@ -28,50 +48,164 @@ def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top
     step, and all that is cached is stale: past_context='slide' reads the whole window anew for every token, as nanoGPT
     does; 'drop' forgets the older half of it, reads the rest and goes on from the cache, which gives another text.
 
+    A model of several heads decodes with all of them, unless speculative is False: see speculate, which fills the tally.
+
     Raises ValueError for an empty prompt and for settings out of range.
     """
     block_size = model.config.block_size
-    B, T = idx.shape
-    if T < 1:
+    if idx.size(1) < 1:
         raise ValueError('the prompt is empty: give at least one token')
     if temperature < 0 or top_k is not None and top_k < 1 or not 0 < top_p <= 1:
         raise ValueError(f'temperature={temperature}, top_k={top_k}, top_p={top_p}: temperature must be at least 0, '
                          'top_k at least 1, top_p above 0 and at most 1')
-    cache, n_cached = model.new_cache(B, min(block_size, T + max_new_tokens)), 0
-    unread = idx[:, -block_size:]  # what the model has not seen yet
-    stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
-    for _ in range(max_new_tokens):
-        if n_cached + unread.size(1) > block_size:
-            if past_context == 'slide':
-                cache, unread = None, idx[:, -block_size:]
-            else:
-                cache, n_cached, unread = model.new_cache(B, block_size), 0, idx[:, -((block_size + 1) // 2):]
-        logits = model(unread, cache=cache)[0][:, -1, :n_vocab].float()  # (B, n_vocab); half could overflow below
-        n_cached += unread.size(1)
-        new = draw(logits, temperature, top_k, top_p, generators)  # (B,)
-        if stop is not None:
-            new = new.masked_fill(stopped, stop)
-            stopped |= new == stop
+    rule = Rule(n_vocab, temperature, top_k, top_p, generators)
+    stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    n_left, window = max_new_tokens, idx[:, -block_size:]
+    while n_left > 0:
+        n_new = min(n_left, block_size + 1 - window.size(1))  # until the model has seen block_size tokens and drawn one more
+        if speculative and n_new > 1 and getattr(model.config, 'k_ahead', 1) > 1:
+            steps = speculate(model, window, n_new, rule, tally or Tally())
+        else:
+            steps = one_by_one(model, window, n_new, rule)
+        drawn = [window]
+        for new in steps:
+            if stop is not None:
+                new = new.masked_fill(stopped, stop)
+                stopped |= new == stop
+            yield new
+            if stop is not None and stopped.all():
+                return
+            drawn.append(new.unsqueeze(1))
+        n_left -= n_new
+        window = torch.cat(drawn, dim=1)[:, -(block_size if past_context == 'slide' else (block_size + 1) // 2):]
+
+
+def one_by_one(model, window, n_new, rule):
+    """Yield the n_new tokens (B,) after the window (B, T)."""
+    B, T = window.shape
+    cache = model.new_cache(B, T + n_new - 1) if n_new > 1 else None
+    for _ in range(n_new):
+        new = rule.choose(model.next_logits(window, cache))  # (B,)
         yield new
-        if stop is not None and stopped.all():
+        window = new.unsqueeze(1)
+
+
+def speculate(model, window, n_new, rule, tally):
+    """one_by_one for a GPT_KAhead: the same tokens in fewer passes (Leviathan et al. 2023, "Fast Inference from Transformers
+    via Speculative Decoding", with the model's own heads as the draft, as in Gloeckle et al. 2024).
+
+    A pass reads the newest token and the k - 1 guesses that the further heads made for what follows it. Its first head then
+    says of each guess whether it stands, and gives the token after the last that does. The cache forgets the others. Each
+    row comes on by its own count.
+    """
+    B, T = window.shape
+    k = model.config.k_ahead
+    cache = model.new_cache(B, T + n_new + k)  # with room for guesses past the end
+    drawn, count = window.new_zeros(B, n_new + k), window.new_ones(B)  # tokens, and how many of each row's are there
+    rows, yielded = torch.arange(B, device=window.device), 0  # rows that are not complete yet
+    states = torch.stack(model.head_states(window, cache), dim=1)[:, :, -1]  # (B, k, n_embd)
+    logits = model.unembed(states)  # (B, k, vocab_size)
+    new = drawn[:, 0] = rule.choose(logits[:, 0])
+    ahead = logits[:, 1:]  # (B, k - 1, vocab_size), of the tokens after new
+    while True:
+        while yielded < count.min():
+            yield drawn[:, yielded]
+            yielded += 1
+        if yielded == n_new:
             return
-        unread = new.unsqueeze(1)
-        idx = torch.cat((idx, unread), dim=1)
+        going = count[rows] < n_new
+        if not going.all():
+            rows, new, ahead, rule = rows[going], new[going], ahead[going], rule.of_rows(going)
+            for layer in cache:
+                layer.tensors = [tensor[going] for tensor in layer.tensors]
+        lengths = T + count[rows] - 1  # what the rows have read: all but the newest token
+        for layer in cache:
+            layer.n = lengths if len(rows) > 1 else lengths.item()
+
+        guesses, chances = rule.guess(ahead)  # (rows, k - 1)
+        states = model.head_states(torch.cat((new.unsqueeze(1), guesses), dim=1), cache)  # k tensors (rows, k, n_embd)
+        n_right, new = rule.verify(guesses, chances, model.unembed(states[0]))  # both (rows,)
+        at = torch.arange(len(rows), device=rows.device)
+        ahead = model.unembed(torch.stack([state[at, n_right] for state in states[1:]], dim=1))
+
+        fresh = torch.cat((guesses, new.unsqueeze(1)), dim=1)
+        fresh[at, n_right] = new
+        drawn[rows.unsqueeze(1), count[rows].unsqueeze(1) + torch.arange(k, device=rows.device)] = fresh
+        before = count[rows]
+        count[rows] = (before + n_right + 1).clamp(max=n_new)
+        tally.add(count[rows] - before, k)
 
 
-def draw(logits, temperature, top_k, top_p, generators):
-    """One id (B,) from each row of the logits (B, n_vocab)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, -float('inf'))
-    probs = F.softmax(logits, dim=-1)
-    if top_p < 1:
-        likeliest, ids = probs.sort(descending=True)
-        likelier = likeliest.cumsum(-1) - likeliest  # the probability of all that come before
-        probs = torch.zeros_like(probs).scatter(-1, ids, likeliest.masked_fill(likelier >= top_p, 0))
-    if generators is None:
-        return torch.multinomial(probs, num_samples=1).squeeze(1)
-    return torch.cat([torch.multinomial(p, 1, generator=generator) for p, generator in zip(probs, generators)])
+@dataclass
+class Rule:
+    """How tokens are chosen: the settings of decode."""
+    n_vocab: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    generators: list | None
+
+    def of_rows(self, chosen):
+        """The rule for the chosen rows (B,) alone."""
+        return self if self.generators is None else replace(
+            self, generators=[g for g, yes in zip(self.generators, chosen.tolist()) if yes])
+
+    def likeliest(self, logits):
+        return logits[..., :self.n_vocab].argmax(dim=-1)
+
+    def probabilities(self, logits):
+        """The distributions (..., n_vocab) that logits (..., vocab_size) and a temperature above 0 define."""
+        logits = logits[..., :self.n_vocab].float() / self.temperature  # half could overflow
+        if self.top_k is not None:
+            kth = torch.topk(logits, min(self.top_k, logits.size(-1))).values[..., [-1]]
+            logits = logits.masked_fill(logits < kth, -float('inf'))
+        probs = F.softmax(logits, dim=-1)
+        if self.top_p < 1:
+            likeliest, ids = probs.sort(descending=True)
+            likelier = likeliest.cumsum(-1) - likeliest  # the probability of all that come before
+            probs = torch.zeros_like(probs).scatter(-1, ids, likeliest.masked_fill(likelier >= self.top_p, 0))
+            probs = probs / probs.sum(dim=-1, keepdim=True)
+        return probs
+
+    def draw(self, probs):
+        """An id (B, n) from each of the distributions (B, n, n_vocab), which need not add up to 1."""
+        if self.generators is None:
+            return torch.multinomial(probs.flatten(0, 1), num_samples=1).view(probs.shape[:2])
+        return torch.cat([torch.multinomial(p, 1, generator=g).T for p, g in zip(probs, self.generators)])
+
+    def uniform(self, like):
+        """Random numbers between 0 and 1 of the shape (B, n) of like."""
+        if self.generators is None:
+            return torch.rand_like(like)
+        return torch.stack([torch.rand(x.shape, generator=g, device=x.device) for x, g in zip(like, self.generators)])
+
+    def choose(self, logits):
+        """One id (B,) from each row of the logits (B, vocab_size)."""
+        if self.temperature == 0:
+            return self.likeliest(logits)
+        return self.draw(self.probabilities(logits).unsqueeze(1)).squeeze(1)
+
+    def guess(self, logits):
+        """Ids (B, n) by the logits (B, n, vocab_size), and the distributions that they were drawn from, if any."""
+        if self.temperature == 0:
+            return self.likeliest(logits), None
+        chances = self.probabilities(logits)
+        return self.draw(chances), chances
+
+    def verify(self, guesses, chances, logits):
+        """How many of the guesses (B, k - 1) stand in each row, and the token after those (B,), so that all are distributed
+        as the logits (B, k, vocab_size) say (Leviathan et al. 2023, algorithm 1): guess x, drawn with probability q(x),
+        stands with probability min(1, p(x) / q(x)); in place of the first that falls comes a token drawn from max(0, p - q).
+        """
+        at = torch.arange(len(guesses), device=guesses.device)
+        if self.temperature == 0:
+            wanted = self.likeliest(logits)  # (B, k)
+            n_right = (guesses == wanted[:, :-1]).cumprod(dim=1).sum(dim=1)
+            return n_right, wanted[at, n_right]
+        p = self.probabilities(logits)  # (B, k, n_vocab)
+        q = F.pad(chances, (0, 0, 0, 1))  # after the last guess nothing was drawn: 0
+        of_guess = [x[:, :-1].gather(-1, guesses.unsqueeze(-1)).squeeze(-1) for x in (p, q)]  # each (B, k - 1)
+        n_right = (self.uniform(of_guess[1]) * of_guess[1] < of_guess[0]).cumprod(dim=1).sum(dim=1)
+        p, rest = p[at, n_right], (p - q)[at, n_right].clamp(min=0)  # (B, n_vocab)
+        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p and q differ by rounding alone
+        return n_right, self.draw(rest.unsqueeze(1)).squeeze(1)

@@ -89,17 +89,28 @@ class Linear(nn.Linear):
 @dataclass
 class Cache:
     """What one attention layer remembers of the n tokens that it has read: tensors (B, ..., length, width), of which the
-    first n rows are filled. To forget the last tokens, lower n."""
+    first n rows are filled. To forget the last tokens, lower n. Sequences that remember different numbers of tokens have a
+    tensor n (B,). The tensors start as zeros: what a mask hides is weighed by 0, and 0 times whatever lay there may be NaN."""
     tensors: list
-    n: int = 0
+    n: int | torch.Tensor = 0
 
     def append(self, *rows):
-        """Add T tokens, one tensor (B, ..., T, width) for each that is kept; returns all that is remembered."""
-        end = self.n + rows[0].size(-2)
-        for tensor, new in zip(self.tensors, rows):
-            tensor[..., self.n:end, :] = new
-        self.n = end
-        return [tensor[..., :end, :] for tensor in self.tensors]
+        """Add T tokens, one tensor (B, ..., T, width) for each that is kept. Returns all that is remembered, with room up to
+        the longest sequence, and which of it each of the T tokens may look at, as attend takes it."""
+        T = rows[0].size(-2)
+        if isinstance(self.n, int):
+            end = self.n + T
+            for tensor, new in zip(self.tensors, rows):
+                tensor[..., self.n:end, :] = new
+            mask = None if T in (1, end) else causal_mask(T, end, rows[0].device)
+        else:
+            at = self.n[:, None] + torch.arange(T, device=self.n.device)  # (B, T)
+            end = int(self.n.max()) + T
+            for tensor, new in zip(self.tensors, rows):
+                tensor.movedim(-2, 1)[torch.arange(len(at), device=at.device)[:, None], at] = new.movedim(-2, 1)
+            mask = torch.arange(end, device=at.device) <= at[:, None, :, None]  # (B, 1, T, end)
+        self.n = self.n + T
+        return *(tensor[..., :end, :] for tensor in self.tensors), mask
 
     @property
     def nbytes(self):
@@ -113,24 +124,22 @@ def split_heads(x, n_head):
 
 
 def causal_mask(T, S, device):
-    """Which of S tokens the last T of them may look at, (T, S); None for T = 1, which may look at all. The kernel's own
-    is_causal would take them for the first T."""
-    return None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    """Which of S tokens the last T of them may look at, (T, S). The kernel's own is_causal would take them for the first T."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def attend(q, k, v, dropout_p=0.0):
+def attend(q, k, v, mask=None, dropout_p=0.0):
     """Causal softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, eq. 1) in one fused kernel.
 
-    q (B, n_head, T, head_dim) are the last T of the S tokens of k and v (B, n_head, S, head_dim); returns the heads side
-    by side, (B, T, n_embd).
+    q (B, n_head, T, head_dim) are the last T of the S tokens of k and v (B, n_head, S, head_dim). mask, of a shape that
+    broadcasts to (B, n_head, T, S), says which of them each may look at; it may be left out for T = S and for T = 1, which
+    sees all. Returns the heads side by side, (B, T, n_embd).
     """
     B, n_head, T, head_dim = q.shape
-    S = k.size(2)
-    if T == 1 and q.device.type == 'cpu' and q.dtype.itemsize == 2:  # where the kernel takes three times as long
+    if T == 1 and mask is None and q.device.type == 'cpu' and q.dtype.itemsize == 2:  # the kernel takes three times as long
         y = F.softmax(q @ k.mT * head_dim ** -0.5, dim=-1) @ v
     else:
-        mask = None if S == T else causal_mask(T, S, q.device)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=S == T)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and k.size(2) == T)
     return y.transpose(1, 2).reshape(B, T, n_head * head_dim)
 
 
@@ -163,15 +172,16 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         q, k, v = self.heads(x)
+        mask = None
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, n_head, S, head_dim)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)
+            k, v, mask = cache.append(k, v)  # k, v (B, n_head, S, head_dim)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y))  # (B, T, n_embd)
 
     def new_cache(self, B, length, dtype, device):
         """Room for the keys and values of length tokens: 2 n_embd numbers per token."""
         shape = B, self.n_head, length, self.c_proj.in_features // self.n_head
-        return Cache([torch.empty(shape, dtype=dtype, device=device) for _ in range(2)])
+        return Cache([torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)])
 
     def head_weights(self):
         """W_Q, W_K, W_V (n_head, n_embd, head_dim) and W_O (n_head, head_dim, n_embd), acting on row vectors."""
@@ -231,10 +241,13 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied, as in GPT-2
 
         self.apply(self._init_weights)
-        # what writes to the residual stream starts smaller, so that the stream's size does not grow with depth
-        for name, p in self.named_parameters():
+        self._init_residual_writers(self)
+
+    def _init_residual_writers(self, module):
+        """What writes to the residual stream starts smaller, so that the stream's size does not grow with depth."""
+        for name, p in module.named_parameters():
             if name.endswith('c_proj.weight'):
-                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -248,6 +261,20 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
+    def embed(self, idx, start=0):
+        """The residual stream (B, T, n_embd) before the first block for idx (B, T), whose first token is number start of its
+        sequence, a number or a tensor (B, 1). Positions past the context get its last one: only guesses lie there."""
+        pos = (start + torch.arange(idx.size(1), device=idx.device)).clamp(max=self.config.block_size - 1)
+        return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
+
+    def unembed(self, x):
+        """The logits (..., vocab_size) that the last residual stream (..., n_embd) stands for."""
+        return self.lm_head(self.transformer.ln_f(x))
+
+    def check_length(self, T):
+        if T > self.config.block_size:
+            raise ValueError(f'a sequence of {T} tokens does not fit into block_size={self.config.block_size}')
+
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) token ids, targets (B, T) the next ones, -1 where none is to be learned. With a cache (new_cache),
         idx goes on after the tokens that it remembers, and joins them.
@@ -255,19 +282,23 @@ class GPT(nn.Module):
         Returns logits and loss: (B, T, vocab_size) and the mean cross-entropy in nats with targets; without, the
         logits of the last position alone, (B, 1, vocab_size), and None. Raises ValueError for more tokens than block_size.
         """
-        B, T = idx.shape
         start = cache[0].n if cache else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f'a sequence of {start + T} tokens does not fit into block_size={self.config.block_size}')
-        pos = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, n_embd)
+        self.check_length(start + idx.size(1))
+        x = self.embed(idx, start)  # (B, T, n_embd)
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache[i] if cache else None)
-        x = self.transformer.ln_f(x)
         if targets is None:
-            return self.lm_head(x[:, [-1]]), None  # the list keeps the time dimension
-        logits = self.lm_head(x)  # (B, T, vocab_size)
+            return self.unembed(x[:, [-1]]), None  # the list keeps the time dimension
+        logits = self.unembed(x)  # (B, T, vocab_size)
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    def next_logits(self, idx, cache=None):
+        """The logits (B, vocab_size) of the token after idx (B, T), with what the cache remembers before it."""
+        return self(idx, cache=cache)[0][:, -1]
+
+    def losses(self, idx, targets):
+        """The loss of each head, (1,): a GPT has one."""
+        return self(idx, targets)[1].view(1)
 
     def new_cache(self, B, length):
         """An empty cache for B sequences of up to length tokens: one entry a layer, in the model's dtype."""
@@ -358,6 +389,8 @@ class GPT(nn.Module):
             peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
             if peak is None:
                 return None
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
+
+    def flops_per_token(self):
         c = self.config
-        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
-        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / peak
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size

@@ -17,8 +17,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import (GPT, Cache, GPTConfig, Linear, attend, causal_mask, split_heads, weights_into_heads,
-                   weights_out_of_heads)
+from model import GPT, Cache, GPTConfig, Linear, attend, split_heads, weights_into_heads, weights_out_of_heads
 
 
 @dataclass
@@ -57,22 +56,23 @@ class MultiLatentAttention(nn.Module):
         return split_heads(self.query(x), self.n_head), *self.keys_and_values(self.latent_enc(x))
 
     def forward(self, x, cache=None):
-        c = self.latent_enc(x)  # (B, T, n_latent)
+        c, mask = self.latent_enc(x), None  # c (B, T, n_latent)
         if cache is not None:
-            c, = cache.append(c)  # (B, S, n_latent)
+            c, mask = cache.append(c)  # c (B, S, n_latent)
         if c.size(1) == x.size(1):  # in training, and for a prompt: keys and values exist during this pass alone
             q = split_heads(self.query(x), self.n_head)
-            y = attend(q, *self.keys_and_values(c), self.dropout if self.training else 0.0)
+            y = attend(q, *self.keys_and_values(c), mask, self.dropout if self.training else 0.0)
         else:
-            y = self.attend_absorbed(self.query(x), c)
+            y = self.attend_absorbed(self.query(x), c, mask)
         return self.resid_dropout(self.c_proj(y))  # (B, T, n_embd)
 
-    def attend_absorbed(self, q, c):
+    def attend_absorbed(self, q, c, mask=None):
         """attend() in the latent space, where no key and no value is ever computed: scores are (W_K^T q) . c, and W_V acts
         on the mean of the latents that they weigh (DeepSeek-V2, section 2.1.2). The bias of the keys adds the same to all
         scores of a query, which the softmax does not feel; that of the values comes last.
 
-        q (B, T, n_embd) are the last T of the S tokens of c (B, S, n_latent); returns (B, T, n_embd).
+        q (B, T, n_embd) are the last T of the S tokens of c (B, S, n_latent), mask (B or nothing, 1, T, S) is attend's;
+        returns (B, T, n_embd).
         """
         B, T, n_embd = q.shape
         H = self.n_head
@@ -80,8 +80,7 @@ class MultiLatentAttention(nn.Module):
         W_V = self.value.weight.view(H, n_embd // H, -1)
         q = torch.bmm(q.view(B * T, H, -1).transpose(0, 1), W_K)  # (n_head, B * T, n_latent)
         q = q.transpose(0, 1).reshape(B, 1, T * H, -1)  # all heads as rows of one, since they share c
-        mask = causal_mask(T, c.size(1), c.device)
-        mask = None if mask is None else mask.repeat_interleave(H, dim=0)  # (T * n_head, S)
+        mask = None if mask is None else mask.repeat_interleave(H, dim=-2)  # (..., T * n_head, S)
         c = c.unsqueeze(1)  # (B, 1, S, n_latent)
         z = F.scaled_dot_product_attention(q, c, c, mask, scale=(n_embd // H) ** -0.5)  # (B, 1, T * n_head, n_latent)
         y = torch.bmm(W_V, z.reshape(B * T, H, -1).permute(1, 2, 0))  # (n_head, head_dim, B * T)
@@ -90,7 +89,7 @@ class MultiLatentAttention(nn.Module):
 
     def new_cache(self, B, length, dtype, device):
         """Room for the latents of length tokens: n_latent numbers per token."""
-        return Cache([torch.empty(B, length, self.latent_enc.out_features, dtype=dtype, device=device)])
+        return Cache([torch.zeros(B, length, self.latent_enc.out_features, dtype=dtype, device=device)])
 
     def head_weights(self):
         """W_Q, W_K, W_V (n_head, n_embd, head_dim) and W_O (n_head, head_dim, n_embd), acting on row vectors, with the

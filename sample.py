@@ -5,7 +5,7 @@ Sample from a trained model:
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --top_p=0.95 --top_k=50257 --stop="<|endoftext|>"
     echo "To be" | python sample.py --out_dir=out --start=- --json
 
-sample_mla.py is this program with another default: which checkpoint it looks for in out_dir.
+sample_mla.py and sample_k_ahead.py are this program with another default: which checkpoint it looks for in out_dir.
 """
 
 import codecs
@@ -24,7 +24,7 @@ from checkpoint import GPT2_NAMES, describe, is_hugging_face, load_model
 from configurator import UserError, configure, run
 from data.tokenizer import make_tokenizer
 from device import pick_device, pick_dtype
-from generate import decode
+from generate import Tally, decode
 
 
 @dataclass
@@ -40,6 +40,7 @@ class SampleConfig:
     top_p: float = 1.0  # and among the likeliest that together have this probability
     stop: str = ''  # a token, such as <|endoftext|>, that ends a sample and is not printed
     past_context: Literal['slide', 'drop'] = 'slide'  # past block_size: 'slide' as nanoGPT; 'drop' half: fast, other text
+    speculative: bool = True  # a k-ahead model guesses with all its heads; False: one token at a time, the same text
     stream: bool = False  # print each token as it is drawn, one sample after the other
     json: bool = False  # print a line of JSON for each sample
     seed: int = 1337  # of the random draws; a sample depends on it and on its number alone
@@ -102,12 +103,14 @@ def main(model_type='gpt', **defaults):
         model.compile()
     print(describe(model), file=sys.stderr if config.json else sys.stdout)
 
-    def samples(first, count):
+    tally = Tally()
+
+    def samples(first, count, speculative=config.speculative):
         """Decode samples number first to first + count - 1."""
         seeds = [np.random.default_rng((config.seed, number)).integers(2 ** 63) for number in range(first, first + count)]
         generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
         return decode(model, torch.tensor([prompt] * count, device=device), config.max_new_tokens, n_vocab,
-                      config.temperature, config.top_k, config.top_p, stop, config.past_context, generators)
+                      config.temperature, config.top_k, config.top_p, stop, config.past_context, generators, speculative, tally)
 
     batch_size = 1 if config.stream else config.batch_size
     progress = tqdm(total=config.num_samples * config.max_new_tokens, unit=' tokens', leave=False,
@@ -144,6 +147,12 @@ def main(model_type='gpt', **defaults):
     progress.close()
     seconds = time.perf_counter() - t0
     print(f'{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s', file=sys.stderr)
+    if tally.passes:
+        count, t0 = min(batch_size, config.num_samples), time.perf_counter()
+        n_slow = count * sum(1 for _ in samples(0, count, speculative=False))
+        slow = n_slow / (time.perf_counter() - t0)
+        print(f'{tally.tokens_per_pass:.2f} tokens per pass, {tally.tokens_per_pass - 1:.2f} of them accepted guesses; one token '
+              f'at a time: {slow:,.0f} tokens/s, so {n_tokens / seconds / slow:.2f} times as fast', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -210,6 +210,12 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
     for note in notes:
         say(f'note: {note}')
 
+    n_heads = getattr(model.config, 'k_ahead', 1)
+
+    def by_head(name, values):
+        """{'loss/head_1': ...} for a model of several heads."""
+        return {f'{name}/head_{i}': value for i, value in enumerate(values, start=1)} if n_heads > 1 else {}
+
     def batch(split, stream, number):
         """Batch number of a stream (0 training, 1 evaluation): inputs and targets, both (batch_size, block_size)."""
         seed = (config.seed, stream, SPLITS.index(split))
@@ -221,22 +227,24 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
         return x.to(device), y.to(device)
 
-    def mean_over_processes(value):
+    def mean_over_processes(values):
         if world_size > 1:
-            dist.all_reduce(value)
-        return value.item() / world_size
+            dist.all_reduce(values)
+        return (values / world_size).tolist()
 
     @torch.no_grad()
     def estimate_loss():
-        """Mean loss of each split over the same eval_iters batches every time; each process takes its share."""
+        """Mean loss of each split over the same eval_iters batches every time; each process takes its share. The loss is
+        that of the next token; where there are more heads, theirs stand beside it."""
         model.eval()
         losses = {}
         for split in SPLITS:
-            total = torch.zeros((), device=device)
+            total = torch.zeros(n_heads, device=device)
             for k in range(rank, config.eval_iters, world_size):
                 with autocast(device_type, dtype):
-                    total += model(*batch(split, 1, k))[1]
-            losses[f'{split}_loss'] = mean_over_processes(total) * world_size / config.eval_iters
+                    total += model.losses(*batch(split, 1, k))
+            mean = mean_over_processes(total * world_size / config.eval_iters)
+            losses |= {f'{split}_loss': mean[0]} | by_head(f'{split}_loss', mean)
         model.train()
         return losses
 
@@ -266,7 +274,7 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
 
         if iter_num % config.eval_interval == 0 or iter_num >= config.max_iters or config.eval_only:
             if unlogged:
-                loss_sum.item()  # waits for the device
+                loss_sum.tolist()  # waits for the device
                 durations.append(seconds_per_iter())
             losses = estimate_loss()
             if not math.isfinite(losses['train_loss'] + losses['val_loss']):
@@ -295,7 +303,7 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
         if iter_num >= config.max_iters or config.eval_only:
             break
 
-        loss_sum = torch.zeros((), device=device)
+        loss_sum = torch.zeros(1 + n_heads, device=device)  # of all heads together and of each
         for step in range(micro_steps):
             x, y = batch('train', 0, iter_num * config.gradient_accumulation_steps + rank + step * world_size)
             # DDP adds gradients up between processes; only the last micro-step needs that
@@ -304,7 +312,9 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
                 with autocast(device_type, dtype):
                     loss = net(x, y)[1] / micro_steps
                 scaler.scale(loss).backward()
-            loss_sum += loss.detach()
+            loss_sum[0] += loss.detach()
+            if n_heads > 1:
+                loss_sum[1:] += model.head_losses / micro_steps
         if config.grad_clip:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -314,10 +324,10 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
         unlogged += 1
 
         if iter_num % config.log_interval == 0:
-            loss = mean_over_processes(loss_sum)  # waits for the device
+            loss, *head_losses = mean_over_processes(loss_sum)  # waits for the device
             dt = seconds_per_iter()
             durations.append(dt)
-            row = {'iter': iter_num, 'loss': loss, 'lr': lr, 'ms_per_iter': dt * 1e3,
+            row = {'iter': iter_num, 'loss': loss, **by_head('loss', head_losses), 'lr': lr, 'ms_per_iter': dt * 1e3,
                    'tokens_per_second': tokens_per_iter / dt}
             mfu = model.estimate_mfu(config.gradient_accumulation_steps * config.batch_size / world_size, dt)
             if mfu is not None:

@@ -6,7 +6,7 @@ import torch
 from conftest import BOTH, tiny_model
 from torch.nn import functional as F
 
-from generate import decode, generate
+from generate import Rule, decode, generate
 from model import GPT
 from model_mla import GPT_MLA
 
@@ -103,8 +103,8 @@ class FixedLogits(torch.nn.Module):
     def new_cache(self, B, length):
         return []
 
-    def forward(self, idx, cache=None):
-        return self.logits.expand(len(idx), 1, -1), None
+    def next_logits(self, idx, cache=None):
+        return self.logits.expand(len(idx), -1)
 
 
 def frequencies(n_vocab, **settings):
@@ -138,7 +138,6 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
 
 def test_top_p_is_that_of_transformers():
     from transformers import TopPLogitsWarper
-    from generate import draw
     torch.manual_seed(0)
     for top_p in (0.1, 0.5, 0.9, 0.99):
         logits = 3 * torch.randn(200, 30)
@@ -147,7 +146,7 @@ def test_top_p_is_that_of_transformers():
             torch.manual_seed(seed)
             ids = torch.multinomial(theirs, 1).squeeze(1)
             torch.manual_seed(seed)
-            assert torch.equal(draw(logits, 1.0, None, top_p, None), ids)
+            assert torch.equal(Rule(30, 1.0, None, top_p, None).choose(logits), ids)
 
 
 def test_half_precision_does_not_overflow_at_a_low_temperature():

@@ -1,0 +1,11 @@
+# train_shakespeare_char.py with 4 tokens predicted at each position:
+# python train_k_ahead.py config/train_shakespeare_char_k_ahead.py
+
+from pathlib import Path
+
+exec(Path(__file__).with_name('train_shakespeare_char.py').read_text())  # every setting the same but for these
+
+k_ahead = 4
+head = 'block'
+out_dir = 'out-shakespeare-char-k-ahead'
+wandb_run_name = 'mini-gpt-k-ahead'

@@ -1,0 +1,10 @@
+"""Sample from a GPT_KAhead, with all its heads: sample.py that looks for ckpt_k_ahead.pt in out_dir.
+
+    python sample_k_ahead.py --out_dir=out_k_ahead --temperature=0
+"""
+
+from configurator import run
+from sample import main
+
+if __name__ == '__main__':
+    run(lambda: main('k_ahead', out_dir='out_k_ahead'))

@@ -1,0 +1,164 @@
+"""Validates the k-ahead architecture: shapes, causality, the shift of the targets, gradients, equality at k = 1."""
+
+import weakref
+
+import pytest
+import torch
+from conftest import CHARS, tiny_model
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPT
+from model_k_ahead import GPT_KAhead, KAheadConfig
+from model_mla import GPT_MLA
+
+KINDS = pytest.mark.parametrize('attention, head', [(a, h) for a in ('mha', 'mla') for h in ('block', 'linear')])
+V = len(CHARS)
+
+
+def tiny(attention='mha', head='block', **settings):
+    return tiny_model(GPT_KAhead, **dict(attention=attention, head=head, k_ahead=3, n_layer=3) | settings)
+
+
+@KINDS
+@torch.no_grad()
+def test_shapes(attention, head):
+    model, idx = tiny(attention, head), torch.randint(V, (2, 9))
+    logits, loss = model(idx)
+    assert logits.shape == (2, 3, 9, V) and loss is None
+    logits, loss = model(idx, idx)
+    assert logits.shape == (2, 3, 9, V) and loss.shape == () and model.head_losses.shape == (3,)
+    assert model.train()(idx, idx)[0] is None
+    with pytest.raises(ValueError, match='17 tokens does not fit into block_size=16'):
+        model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_size():
+    """The trunk has n_layer - 1 blocks and each head one; or n_layer, and each further head a matrix."""
+    block = sum(p.numel() for p in tiny_model(GPT).transformer.h[0].parameters())
+    ordinary = tiny_model(GPT, n_layer=3).get_num_params()
+    assert tiny(head='block').get_num_params() - ordinary == 2 * block
+    assert tiny(head='linear', bias=False).get_num_params() - tiny_model(GPT, n_layer=3, bias=False).get_num_params() == 2 * 16 ** 2
+
+
+@KINDS
+def test_every_head_is_causal(attention, head):
+    model = tiny(attention, head)
+    wte = model.transformer.wte
+    for t in (0, 4, 8):
+        for i in range(3):
+            embedded = []
+            handle = wte.register_forward_hook(lambda module, args, out: embedded.append(out.requires_grad_().retain_grad() or out))
+            model(torch.arange(9).view(1, 9))[0][0, i, t].square().sum().backward()
+            handle.remove()
+            seen = embedded[0].grad[0].abs().sum(-1) > 0
+            assert seen.tolist() == [j <= t for j in range(9)]
+
+
+@torch.no_grad()
+def test_targets_are_shifted_by_hand():
+    """Text a b c d e: the next tokens are b c d e -, those after them c d e, then d e."""
+    a, b, c, d, e = range(5)
+    idx, targets = torch.tensor([[a, b, c, d, e]]), torch.tensor([[b, c, d, e, -1]])
+    model = tiny()
+    logits = model(idx)[0].double()
+    by_hand = [[(0, b), (1, c), (2, d), (3, e)], [(0, c), (1, d), (2, e)], [(0, d), (1, e)]]
+    wanted = torch.stack([-torch.stack([logits[0, i, t].log_softmax(-1)[token] for t, token in pairs]).mean()
+                          for i, pairs in enumerate(by_hand)])
+    for mode in (True, False):
+        loss = model.train(mode)(idx, targets)[1]
+        torch.testing.assert_close(model.head_losses.double(), wanted, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(loss.double(), wanted.mean(), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(model.losses(idx, targets).double(), wanted, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_loss_weights():
+    idx = torch.randint(V, (2, 9))
+    model = tiny(loss_weights='3, 0, 1')
+    loss = model(idx, idx)[1]
+    torch.testing.assert_close(loss, (3 * model.head_losses[0] + model.head_losses[2]) / 4)
+
+
+@KINDS
+def test_gradients_are_those_of_the_definition(attention, head):
+    """Against plain autograd through the stacked logits in float64; and every parameter gets one."""
+    model, idx = tiny(attention, head, loss_weights='1,0.5,2').double(), torch.randint(V, (2, 9))
+    targets = torch.randint(V, (2, 9))
+    model.train()(idx, targets)[1].backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert all(grad.abs().max() > 0 for grad in ours.values())
+    model.zero_grad()
+    logits = model(idx)[0]
+    losses = [F.cross_entropy(logits[:, i, :9 - i].reshape(-1, V), targets[:, i:].reshape(-1)) for i in range(3)]
+    ((losses[0] + 0.5 * losses[1] + 2 * losses[2]) / 3.5).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize('attention, ordinary', [('mha', GPT), ('mla', GPT_MLA)])
+@torch.no_grad()
+def test_one_head_is_the_ordinary_model(attention, ordinary):
+    gpt, idx = tiny_model(ordinary, n_layer=3, seed=5), torch.randint(V, (2, 9))
+    model = GPT_KAhead.from_gpt(gpt, k_ahead=1)
+    assert not model.training
+    logits, loss = model(idx, idx)
+    wanted, wanted_loss = gpt(idx, idx)
+    torch.testing.assert_close((logits[:, 0], loss), (wanted, wanted_loss), atol=1e-6, rtol=1e-6)
+    same_seed = tiny(attention, k_ahead=1, seed=5).state_dict()
+    assert same_seed.keys() == gpt.state_dict().keys()
+    assert all(torch.equal(same_seed[name], p) for name, p in gpt.state_dict().items())
+
+
+@KINDS
+@torch.no_grad()
+def test_trunk_and_first_head_are_the_ordinary_model_for_any_k(attention, head):
+    gpt, idx = tiny_model(GPT if attention == 'mha' else GPT_MLA, n_layer=3, seed=5), torch.randint(V, (2, 9))
+    for model in (tiny(attention, head, seed=5), GPT_KAhead.from_gpt(gpt, k_ahead=3, head=head)):
+        torch.testing.assert_close(model(idx)[0][:, 0], gpt(idx, idx)[0])
+        torch.testing.assert_close(model.next_logits(idx), gpt(idx)[0][:, -1])
+
+
+class LargestLogits(TorchDispatchMode):
+    """Counts the elements of tensors as wide as the vocabulary that are alive at once, forward and backward."""
+
+    def __init__(self, n_vocab):
+        super().__init__()
+        self.n_vocab, self.alive, self.most = n_vocab, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == self.n_vocab:
+                key = x.untyped_storage()._cdata
+                if key not in self.alive:
+                    self.alive[key] = x.numel()
+                    weakref.finalize(x.untyped_storage(), self.alive.pop, key, None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return out
+
+
+def most_logits(model, idx):
+    with LargestLogits(211) as mode:
+        model.train()(idx, idx)[1].backward()
+    return mode.most
+
+
+@KINDS
+def test_one_heads_logits_at_a_time(attention, head):
+    """Four heads need hardly more room for logits than one; a vocabulary of 211 tells them from other tensors."""
+    idx = torch.randint(211, (2, 16))
+    one, four = (most_logits(tiny(attention, head, vocab_size=211, k_ahead=k), idx) for k in (1, 4))
+    assert 2 * 16 * 211 <= one and four < one + 2 * 16 * 211 / 4
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(k_ahead=0), 'k_ahead=0'), (dict(k_ahead=16), 'k_ahead=16'), (dict(n_layer=1), 'n_layer=1'),
+    (dict(attention='mqa'), 'attention='), (dict(head='mlp'), 'head='), (dict(n_latent=4), 'n_latent=4'),
+    (dict(loss_weights='1,2'), 'loss_weights='), (dict(loss_weights='1,a,3'), 'loss_weights='),
+    (dict(loss_weights='0,0,0'), 'loss_weights='), (dict(loss_weights='1,-1,1'), 'loss_weights='),
+    (dict(loss_weights='nan,1,1'), 'loss_weights=')])
+def test_what_makes_no_sense_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        KAheadConfig(**dict(k_ahead=3, block_size=16, n_head=2, n_embd=16) | settings)
+    KAheadConfig(n_layer=1, head='linear')
