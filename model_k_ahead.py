@@ -138,16 +138,25 @@ class GPT_KAhead(GPT_MLA):
     def losses(self, idx, targets):
         """The loss of each head, (k,), in nats. Only one head's logits are alive at a time: the backward pass computes them
         again, since k times the vocabulary is what would fill the memory."""
+        return self.losses_and_shares(idx, targets)[0]
+
+    def losses_and_shares(self, idx, targets):
+        """losses, and the share (k,) of the positions with a target at which each head learns: 1 with positions='all'."""
         self.check_length(idx.size(1))
         states = self.head_states(idx)
-        return torch.stack([checkpoint(self.head_loss, x, wanted, use_reentrant=False, preserve_rng_state=False)
-                            for x, wanted in zip(states, self.head_targets(states[0], targets))])
+        learned = self.head_targets(states[0], targets)
+        losses = [checkpoint(self.head_loss, x, wanted, use_reentrant=False, preserve_rng_state=False)
+                  for x, wanted in zip(states, learned)]
+        counts = [((wanted != -1).sum(), (targets[:, i:] != -1).sum().clamp(min=1)) for i, wanted in enumerate(learned)]
+        return torch.stack(losses), torch.stack([n / n_all for n, n_all in counts])
 
     def forward(self, idx, targets=None):
         """idx (B, T) token ids, targets (B, T) the next ones, -1 where none is to be learned.
 
         Returns logits (B, k, T, vocab_size) and the weighted mean of the heads' losses, which head_losses (k,) keeps; None
-        without targets. In training the logits are None: see losses. Raises ValueError for more tokens than block_size.
+        without targets. In training the logits are None: see losses. With positions='greedy' each loss counts by the share
+        of the positions at which its head learns, so that each position weighs the same. Raises ValueError for more tokens
+        than block_size.
         """
         logits = None
         if targets is None or not self.training:
@@ -155,9 +164,9 @@ class GPT_KAhead(GPT_MLA):
             logits = torch.stack([self.unembed(x) for x in self.head_states(idx)], dim=1)  # (B, k, T, vocab_size)
         if targets is None:
             return logits, None
-        losses = self.losses(idx, targets)
+        losses, shares = self.losses_and_shares(idx, targets)
         self.head_losses = losses.detach()
-        return logits, losses @ losses.new_tensor(self.config.normalised_weights())
+        return logits, losses @ (shares * losses.new_tensor(self.config.normalised_weights()))
 
     def next_logits(self, idx, cache=None):
         return GPT.forward(self, idx, cache=cache)[0][:, -1]  # of head 0 alone

@@ -11,9 +11,11 @@ import torch
 from configurator import run
 from dataset import write_splits
 from model import GPT
+from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 
 BOTH = pytest.mark.parametrize('model_class', [GPT, GPT_MLA])
+ALL = pytest.mark.parametrize('model_class', [GPT, GPT_MLA, GPT_KAhead])
 CHARS = sorted('\n abcdefghijkl')
 
 

@@ -11,6 +11,7 @@ import torch
 import dataset
 import train
 from conftest import CHARS
+from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 
 ROOT = Path(train.__file__).parent
@@ -47,6 +48,26 @@ def test_bad_input(args, words, tiny_args, tmp_path, program):
     code, _, err = program(lambda: train.main(GPT_MLA), *tiny_args, *args)
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and words in err
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--k_ahead=0'], 'k_ahead=0 must be at least 1 and below block_size=16'), (['--k_ahead=16'], 'k_ahead=16 must be'),
+    (['--n_layer=1'], "n_layer=1 must be at least 2 with head='block'"),
+    (['--attention=gqa'], "--attention='gqa' must be mha or mla"), (['--head=mlp'], "--head='mlp' must be block or linear"),
+    (['--positions=some'], "--positions='some' must be all or greedy"), (['--n_latent=8'], 'n_latent=8 is for'),
+    (['--loss_weights=1,2'], "loss_weights='1,2' must be 4 numbers"), (['--loss_weights=1'], "loss_weights='1' must be 4"),
+    (['--init_from=gpt2'], "GPT-2's byte pairs"), (['--init_from=resume'], 'there is no checkpoint')])
+def test_bad_input_to_the_k_ahead_trainer(args, words, tiny_args, tmp_path, program):
+    code, _, err = program(lambda: train.main(GPT_KAhead), *tiny_args, *args)
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and words in err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_checkpoint_of_another_model_type(tiny_args, tmp_path, program):
+    assert program(train.main, *tiny_args)[0] == 0
+    (tmp_path / 'out' / 'ckpt.pt').rename(tmp_path / 'out' / 'ckpt_k_ahead.pt')
+    code, _, err = program(lambda: train.main(GPT_KAhead), *tiny_args, '--init_from=resume')
+    assert code == 2 and 'holds a GPT, this program trains a GPT_KAhead' in err and err.count('\n') == 1
 
 
 def test_gpt2s_weights_do_not_fit_mla(tiny_args, data_dir, program):

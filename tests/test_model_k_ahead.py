@@ -73,6 +73,26 @@ def test_targets_are_shifted_by_hand():
 
 
 @torch.no_grad()
+def test_greedy_positions_by_hand():
+    """A further head learns at t only where the tokens between are the first head's own choices."""
+    model = tiny(positions='greedy', k_ahead=4)
+    idx = torch.randint(V, (3, 12))
+    choice = model(idx)[0][:, 0].argmax(-1)
+    targets = torch.where(torch.rand(3, 12) < 0.7, choice, torch.randint(V, (3, 12)))
+    targets[:, -1] = -1
+    logits, by_share = model(idx)[0].double().log_softmax(-1), 0.0
+    for i in range(4):
+        learned = [-logits[b, i, t, targets[b, t + i]] for b in range(3) for t in range(12 - i) if targets[b, t + i] >= 0
+                   and all(choice[b, t + j] == targets[b, t + j] for j in range(i))]
+        assert len(learned) > 2 and (i == 0 or len(learned) < 3 * (12 - i))
+        torch.testing.assert_close(model.losses(idx, targets)[i].double(), torch.stack(learned).mean(), atol=1e-6, rtol=1e-6)
+        by_share += len(learned) / (3 * (12 - i) - 3) * torch.stack(learned).mean() / 4
+    torch.testing.assert_close(model(idx, targets)[1].double(), by_share, atol=1e-6, rtol=1e-6)
+    nothing_chosen = (choice + 1) % V
+    assert model.losses(idx, nothing_chosen)[1:].tolist() == [0, 0, 0]
+
+
+@torch.no_grad()
 def test_loss_weights():
     idx = torch.randint(V, (2, 9))
     model = tiny(loss_weights='3, 0, 1')

@@ -159,7 +159,8 @@ def test_bad_input(args, words, tmp_path, program):
     assert '---' not in out
 
 
-@pytest.mark.parametrize('script, folder', [('sample.py', 'out'), ('sample_mla.py', 'out_mla')])
+@pytest.mark.parametrize('script, folder', [('sample.py', 'out'), ('sample_mla.py', 'out_mla'),
+                                            ('sample_k_ahead.py', 'out_k_ahead')])
 def test_programs_and_their_default_folders(script, folder, tmp_path):
     command = [sys.executable, ROOT / script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)

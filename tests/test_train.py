@@ -3,16 +3,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import BOTH, read_metrics, without_times
+from conftest import ALL, read_metrics, without_times
 
 import train as trainer
 from checkpoint import checkpoint_path, load_model
+from dataset import open_data
+from evaluate import split_loss
 from model import GPT
+from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 from train import TrainConfig, learning_rate_at
 
@@ -23,7 +27,7 @@ def weights(path):
     return torch.load(path, weights_only=True)['model']
 
 
-@BOTH
+@ALL
 def test_it_learns_and_leaves_checkpoint_metrics_and_picture(model_class, tiny_args, tmp_path, program):
     code, out, _ = program(lambda: trainer.main(model_class), *tiny_args, '--max_iters=60', '--eval_interval=30',
                            '--lr_decay_iters=60', '--n_embd=32')
@@ -40,6 +44,30 @@ def test_it_learns_and_leaves_checkpoint_metrics_and_picture(model_class, tiny_a
     assert (tmp_path / 'out' / 'loss.png').read_bytes().startswith(b'\x89PNG')
     model, tokenizer = load_model(checkpoint_path(tmp_path / 'out', model_class.model_type))
     assert type(model) is model_class and len(tokenizer) == 14
+
+
+def test_each_heads_loss_is_kept_and_the_first_ones_decides(tiny_args, tmp_path, program):
+    assert program(lambda: trainer.main(GPT_KAhead), *tiny_args, '--k_ahead=3', '--loss_weights=2,1,1')[0] == 0
+    rows, heads = read_metrics(tmp_path / 'out'), range(1, 4)
+    for row in rows:
+        if 'val_loss' in row:
+            assert row['val_loss'] == row['val_loss/head_1'] and row['train_loss'] == row['train_loss/head_1']
+            assert len({row[f'val_loss/head_{i}'] for i in heads}) == 3
+        else:
+            first, second, third = (row[f'loss/head_{i}'] for i in heads)
+            assert row['loss'] == pytest.approx((2 * first + second + third) / 4, abs=1e-5)
+    best = min(row['val_loss'] for row in rows if 'val_loss' in row)
+    assert torch.load(tmp_path / 'out' / 'ckpt_k_ahead.pt', weights_only=True)['best_val_loss'] == best
+    data = open_data(tmp_path / 'data')
+    model = load_model(tmp_path / 'out')[0]
+    assert split_loss(model, data.val) == pytest.approx(split_loss(ordinary(model), data.val), abs=1e-6)
+
+
+def ordinary(model):
+    """The GPT that trunk and first head of a GPT_KAhead are."""
+    state = {name: p for name, p in model.state_dict().items() if not name.startswith('ahead.')}
+    keys = [f.name for f in fields(GPT.config_class)]
+    return GPT.from_state_dict(GPT.config_class(**{key: getattr(model.config, key) for key in keys}), state).eval()
 
 
 def test_a_step_is_adamws_on_the_clipped_mean_gradient(tiny_args, tmp_path, data_dir, program, monkeypatch):
@@ -104,7 +132,8 @@ def test_learning_rate_at_hand_computed_points():
     assert learning_rate_at(3, config) == 1.0
 
 
-@pytest.mark.parametrize('model_class, dtype', [(GPT, 'float32'), (GPT_MLA, 'float32'), (GPT, 'float16')])
+@pytest.mark.parametrize('model_class, dtype', [(GPT, 'float32'), (GPT_MLA, 'float32'), (GPT_KAhead, 'float32'),
+                                                (GPT, 'float16')])
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(model_class, dtype, tiny_args, tmp_path, program, monkeypatch):
     """Weights, metrics and the state of the scaler of float16, which grows every second step here."""
     scaler = torch.amp.GradScaler
@@ -151,10 +180,11 @@ def test_reduced_precision_follows_float32(dtype, tolerance, tiny_args, tmp_path
     assert (scaler.get('scale', 0) > 1) == (dtype == 'float16')
 
 
-def test_two_processes_see_what_one_sees(tiny_args, tmp_path, program):
+@pytest.mark.parametrize('script, model_class', [('train_mla.py', GPT_MLA), ('train_k_ahead.py', GPT_KAhead)])
+def test_two_processes_see_what_one_sees(script, model_class, tiny_args, tmp_path, program):
     args = tiny_args + ['--gradient_accumulation_steps=4', '--dropout=0.1', '--eval_iters=3']
-    assert program(lambda: trainer.main(GPT_MLA), *args)[0] == 0
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train_mla.py', *args]
+    assert program(lambda: trainer.main(model_class), *args)[0] == 0
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', script, *args]
     done = subprocess.run([*command, f'--out_dir={tmp_path / "two"}'], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for one, two in zip(*(without_times(read_metrics(tmp_path / name)) for name in ('out', 'two')), strict=True):
