@@ -6,6 +6,6 @@ from pathlib import Path
 exec(Path(__file__).with_name('train_shakespeare_char.py').read_text())  # every setting the same but for these
 
 k_ahead = 4
-head = 'block'
+positions = 'greedy'  # the further heads are for decoding: let them learn what it asks of them
 out_dir = 'out-shakespeare-char-k-ahead'
 wandb_run_name = 'mini-gpt-k-ahead'

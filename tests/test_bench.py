@@ -2,8 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import CHARS, tiny_model
 
 import bench
+from checkpoint import save_checkpoint
+from model_k_ahead import GPT_KAhead
 
 TINY = ['decode', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--vocab_size=50', '--device=cpu', '--rounds=1',
         '--contexts=4']
@@ -59,6 +62,54 @@ def test_decode_prints_a_table(program):
     assert ' MHA ' in out and '1.00x' in out and '0.00 MB' in out
 
 
+def test_train_shows_that_four_heads_need_hardly_more_memory(program):
+    """With logits of 67 MB, which four heads at once would make 268."""
+    args = ['train', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=256', '--vocab_size=16384', '--batch_size=4',
+            '--device=cpu', '--steps=1', '--json']
+    code, out, err = program(bench.main, *args)
+    assert code == 0, err
+    rows = {row['model']: row for row in json.loads(out)['rows']}
+    assert set(rows) == {'MHA', 'MLA', 'k-ahead', 'k-ahead, linear heads'}
+    assert rows['MHA']['peak_bytes'] > 67e6
+    for row in rows.values():
+        assert row['peak_bytes'] < 1.3 * rows['MHA']['peak_bytes']
+        assert row['tokens_per_second'] * row['ms_per_step'] == pytest.approx(4 * 256 * 1e3)
+
+
+def save_k_ahead(path, **settings):
+    model = tiny_model(GPT_KAhead, **settings)
+    save_checkpoint(path, model, CHARS, {}, 1)
+
+
+def test_k_ahead_measures_a_checkpoint(tmp_path, data_dir, program):
+    save_k_ahead(tmp_path / 'ckpt_k_ahead.pt')
+    args = ['k-ahead', f'--out_dir={tmp_path}', f'--dataset={data_dir}', '--prompts=5', '--batch_size=2', '--new_tokens=12',
+            '--prompt_tokens=4', '--device=cpu']
+    code, out, err = program(bench.main, *args, '--json')
+    assert code == 0, err
+    result = json.loads(out)
+    assert result['same_texts'] == 5 and 1 <= result['tokens_per_pass'] == 1 + sum(result['guesses_that_stood']) <= 4
+    assert result['speed_up'] == result['tokens_per_second'] / result['one_at_a_time_tokens_per_second']
+    code, out, err = program(bench.main, *args)
+    assert code == 0 and 'guess of head 4 stood' in out and '5 of 5 prompts' in out, err
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--prompts=0'], 'prompts=0 must be at least 1'), (['--dataset=nowhere'], 'dataset=nowhere'),
+    (['--out_dir=nowhere'], 'there is no checkpoint'), (['--prompt_tokens=600'], 'is too long for'),
+    (['--temperature=-1'], 'temperature=-1')])
+def test_bad_input_to_k_ahead(args, words, tmp_path, data_dir, program):
+    save_k_ahead(tmp_path / 'ckpt_k_ahead.pt')
+    code, out, err = program(bench.main, 'k-ahead', f'--out_dir={tmp_path}', f'--dataset={data_dir}', '--device=cpu', *args)
+    assert code == 2 and words in err and err.count('\n') == 1 and out == ''
+
+
+def test_k_ahead_needs_several_heads(tmp_path, data_dir, program):
+    save_k_ahead(tmp_path / 'ckpt_k_ahead.pt', k_ahead=1)
+    code, _, err = program(bench.main, 'k-ahead', f'--out_dir={tmp_path}', f'--dataset={data_dir}', '--device=cpu')
+    assert code == 2 and 'of one head' in err and err.count('\n') == 1
+
+
 def test_passes_are_counted_whoever_makes_them():
     """A model of known slowness: the measured rate is that of its passes."""
     import time
@@ -81,7 +132,8 @@ def test_passes_are_counted_whoever_makes_them():
 
 @pytest.mark.parametrize('args, words', [
     ([], "what to measure is ''"), (['training'], "what to measure is 'training'"), (TINY + ['--contexts=a'], "contexts='a'"),
-    
+    (['train', '--n_layer=1'], "n_layer=1 must be at least 2"), (['train', '--k_ahead=0'], 'k_ahead=0'),
+    (['train', '--steps=0'], 'steps=0'),
     (TINY + ['--contexts=31'], 'between 1 and block_size - 2 = 30'), (TINY + ['--contexts='], "contexts=''"),
     (TINY + ['--against=nowhere'], "against='nowhere'"), (TINY + ['--new_tokens=1'], 'new_tokens=1 must be at least 2'),
     (TINY + ['--n_head=3'], 'not divisible'), (TINY + ['--context=3'], 'did you mean contexts?')])

@@ -5,6 +5,7 @@ import pytest
 
 from configurator import UserError, build, configure
 from model import GPTConfig
+from model_k_ahead import KAheadConfig
 from model_mla import MLAConfig
 from train import TrainConfig
 
@@ -118,10 +119,12 @@ def test_a_config_file_of_nanogpts_works(tmp_path):
 @pytest.mark.parametrize('name, model_config', [
     ('train_shakespeare_char', GPTConfig), ('train_shakespeare_char_mla', MLAConfig), ('train_gpt2', GPTConfig),
     ('train_gpt2_mla', MLAConfig), ('finetune_shakespeare', GPTConfig), ('eval_gpt2', GPTConfig),
-    ('eval_gpt2_medium', GPTConfig), ('eval_gpt2_large', GPTConfig), ('eval_gpt2_xl', GPTConfig)])
+    ('train_shakespeare_char_k_ahead', KAheadConfig), ('train_gpt2_k_ahead', KAheadConfig), ('eval_gpt2_medium', GPTConfig), ('eval_gpt2_large', GPTConfig), ('eval_gpt2_xl', GPTConfig)])
 def test_our_config_files(name, model_config):
     config, model_args = configure([f'config/{name}.py'], TrainConfig, model_config)
     if name.endswith('_mla'):
         twin, twin_args = configure([f'config/{name[:-4]}.py'], TrainConfig, MLAConfig)
         assert model_args == twin_args and MLAConfig(**model_args).n_latent * 2 == MLAConfig(**model_args).n_embd
         assert {k for k, v in vars(config).items() if v != getattr(twin, k)} == {'out_dir', 'wandb_run_name'}
+    if name.endswith('_k_ahead'):
+        assert KAheadConfig(**model_args).k_ahead == 4

@@ -3,16 +3,17 @@ from pathlib import Path
 
 import pytest
 
-from bench import DecodeConfig
+from bench import DecodeConfig, KAheadDecodeConfig, StepConfig
 from convert_mla import ConvertConfig
-from model_mla import MLAConfig
+from model_k_ahead import KAheadConfig
 from sample import SampleConfig
 from train import TrainConfig
 
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('config_class', [TrainConfig, MLAConfig, SampleConfig, ConvertConfig, DecodeConfig])
+@pytest.mark.parametrize('config_class', [TrainConfig, KAheadConfig, SampleConfig, ConvertConfig, DecodeConfig, StepConfig,
+                                          KAheadDecodeConfig])
 def test_every_key_is_explained_with_its_default(config_class):
     missing = [f.name for f in fields(config_class) if f'| `{f.name}` | `{f.default!r}` | ' not in README]
     assert missing == []
