@@ -321,7 +321,7 @@ def k_ahead(argv):
     seconds, equal, tally = {True: 0.0, False: 0.0}, 0, Tally()
     for speculative in seconds:
         decode(prompts[:config.batch_size], speculative)  # the first call of anything is slow
-    tally = Tally()
+    tally.gained.clear()
     for batch in tqdm(prompts.split(config.batch_size), leave=False, disable=not sys.stderr.isatty()):
         texts = []
         for speculative in seconds:
@@ -334,7 +334,7 @@ def k_ahead(argv):
     machine = describe_machine(device_type)
     result = {'tokens_per_second': rates[True], 'one_at_a_time_tokens_per_second': rates[False],
               'speed_up': rates[True] / rates[False], 'tokens_per_pass': tally.tokens_per_pass,
-              'guesses_that_stood': [stood / tally.passes for stood in tally.stood], 'same_texts': equal}
+              'guesses_that_stood': [tally.stood(n) for n in range(1, model.config.k_ahead)], 'same_texts': equal}
     if config.json:
         print(json.dumps(result | {'settings': asdict(config) | asdict(model.config) | machine}, indent=2))
         return
@@ -343,8 +343,8 @@ def k_ahead(argv):
     print(f'one token at a time   {rates[False]:8,.0f} tokens/s')
     print(f'with all heads        {rates[True]:8,.0f} tokens/s   {rates[True] / rates[False]:.2f} times as fast')
     print(f'tokens per pass       {tally.tokens_per_pass:8.2f}')
-    for i, stood in enumerate(tally.stood, start=2):
-        print(f'guess of head {i} stood {stood / tally.passes:8.1%} of the passes')
+    for i, stood in enumerate(result['guesses_that_stood'], start=2):
+        print(f'guess of head {i} stood {stood:8.1%} of the passes')
     if config.temperature == 0:
         print(f'same text             {equal:8} of {config.prompts} prompts')
 

@@ -4,7 +4,7 @@ after which each pass of the model reads one token (one_by_one) or, where a mode
 that comes next as well (speculate).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
@@ -12,19 +12,16 @@ from torch.nn import functional as F
 
 @dataclass
 class Tally:
-    """What came of the passes of speculate, those of all sequences counted alike; the one that reads the prompt is left out."""
-    passes: int = 0
-    stood: tuple = ()  # in how many of them the first guess stood, the first two, ...
+    """What came of the passes of speculate, the one that reads the prompt left out."""
+    gained: list = field(default_factory=list)  # the tokens by which each of them brought each sequence on
 
     @property
     def tokens_per_pass(self):
-        return 1 + sum(self.stood) / self.passes if self.passes else float('nan')
+        return sum(self.gained) / len(self.gained)
 
-    def add(self, gained, k):
-        """gained (B,): the tokens by which a pass brought each sequence on, of k at most."""
-        self.passes += len(gained)
-        stood = [(gained > i).sum().item() for i in range(1, k)]
-        self.stood = tuple(map(sum, zip(self.stood or [0] * (k - 1), stood)))
+    def stood(self, n):
+        """The share of the passes in which the first n guesses stood."""
+        return sum(gained > n for gained in self.gained) / len(self.gained)
 
 
 def generate(model, idx, max_new_tokens, n_vocab, **settings):
@@ -99,41 +96,34 @@ def speculate(model, window, n_new, rule, tally):
     row comes on by its own count.
     """
     B, T = window.shape
-    k = model.config.k_ahead
-    cache = model.new_cache(B, T + n_new + k)  # with room for guesses past the end
-    drawn, count = window.new_zeros(B, n_new + k), window.new_ones(B)  # tokens, and how many of each row's are there
-    rows, yielded = torch.arange(B, device=window.device), 0  # rows that are not complete yet
-    states = torch.stack(model.head_states(window, cache), dim=1)[:, :, -1]  # (B, k, n_embd)
-    logits = model.unembed(states)  # (B, k, vocab_size)
-    new = drawn[:, 0] = rule.choose(logits[:, 0])
-    ahead = logits[:, 1:]  # (B, k - 1, vocab_size), of the tokens after new
-    while True:
-        while yielded < count.min():
-            yield drawn[:, yielded]
-            yielded += 1
-        if yielded == n_new:
-            return
-        going = count[rows] < n_new
-        if not going.all():
-            rows, new, ahead, rule = rows[going], new[going], ahead[going], rule.of_rows(going)
+    cache = model.new_cache(B, T + n_new + model.config.k_ahead)  # with room for guesses past the end
+    logits = model.unembed(torch.stack([state[:, -1] for state in model.head_states(window, cache)], dim=1))
+    new, ahead = rule.choose(logits[:, 0]), logits[:, 1:]  # (B,) and (B, k - 1, vocab_size), of the tokens after new
+    drawn, rows, n_yielded = [[token] for token in new.tolist()], range(B), 1
+    yield new
+    while n_yielded < n_new:
+        going = [len(drawn[b]) < n_new for b in rows]
+        if not all(going):  # rows that are complete leave
+            new, ahead, rule = new[going], ahead[going], rule.of_rows(going)
+            rows = [b for b, goes_on in zip(rows, going) if goes_on]
             for layer in cache:
                 layer.tensors = [tensor[going] for tensor in layer.tensors]
-        lengths = T + count[rows] - 1  # what the rows have read: all but the newest token
+        n_read = [T + len(drawn[b]) - 1 for b in rows]  # all but the newest token
         for layer in cache:
-            layer.n = lengths if len(rows) > 1 else lengths.item()
+            layer.n = n_read[0] if len(rows) == 1 else torch.tensor(n_read, device=new.device)
 
         guesses, chances = rule.guess(ahead)  # (rows, k - 1)
         states = model.head_states(torch.cat((new.unsqueeze(1), guesses), dim=1), cache)  # k tensors (rows, k, n_embd)
         n_right, new = rule.verify(guesses, chances, model.unembed(states[0]))  # both (rows,)
-        at = torch.arange(len(rows), device=rows.device)
-        ahead = model.unembed(torch.stack([state[at, n_right] for state in states[1:]], dim=1))
+        ahead = model.unembed(torch.stack(states[1:], dim=1)[torch.arange(len(rows), device=new.device), :, n_right])
 
-        fresh = torch.cat((guesses, new.unsqueeze(1)), dim=1)
-        fresh[at, n_right] = new
-        drawn[rows.unsqueeze(1), count[rows].unsqueeze(1) + torch.arange(k, device=rows.device)] = fresh
-        before = count[rows]
-        count[rows] = (before + n_right + 1).clamp(max=n_new)
-        tally.add(count[rows] - before, k)
+        for b, right, tokens, last in zip(rows, n_right.tolist(), guesses.tolist(), new.tolist()):
+            gained = (tokens[:right] + [last])[:n_new - len(drawn[b])]
+            drawn[b] += gained
+            tally.gained.append(len(gained))
+        for i in range(n_yielded, min(map(len, drawn))):
+            yield torch.tensor([tokens[i] for tokens in drawn], device=new.device)
+            n_yielded = i + 1
 
 
 @dataclass
@@ -146,9 +136,9 @@ class Rule:
     generators: list | None
 
     def of_rows(self, chosen):
-        """The rule for the chosen rows (B,) alone."""
+        """The rule for the rows for which the list chosen says True."""
         return self if self.generators is None else replace(
-            self, generators=[g for g, yes in zip(self.generators, chosen.tolist()) if yes])
+            self, generators=[g for g, yes in zip(self.generators, chosen) if yes])
 
     def likeliest(self, logits):
         return logits[..., :self.n_vocab].argmax(dim=-1)

@@ -12,6 +12,7 @@ References
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -123,6 +124,7 @@ def split_heads(x, n_head):
     return x.view(B, T, n_head, n_embd // n_head).transpose(1, 2)
 
 
+@lru_cache(maxsize=8)  # all layers want the same
 def causal_mask(T, S, device):
     """Which of S tokens the last T of them may look at, (T, S). The kernel's own is_causal would take them for the first T."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)

@@ -135,9 +135,14 @@ class GPT_KAhead(GPT_MLA):
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum')
         return total / (targets != -1).sum().clamp(min=1)
 
+    @torch.compiler.disable  # which would compute the next head's logits while it still has those of the last
+    def checkpointed_loss(self, x, targets):
+        """head_loss, whose logits the backward pass computes again rather than keep them."""
+        return checkpoint(self.head_loss, x, targets, use_reentrant=False, preserve_rng_state=False)
+
     def losses(self, idx, targets):
-        """The loss of each head, (k,), in nats. Only one head's logits are alive at a time: the backward pass computes them
-        again, since k times the vocabulary is what would fill the memory."""
+        """The loss of each head, (k,), in nats. Only one head's logits are alive at a time, since k times the vocabulary is what
+        would fill the memory."""
         return self.losses_and_shares(idx, targets)[0]
 
     def losses_and_shares(self, idx, targets):
@@ -145,8 +150,7 @@ class GPT_KAhead(GPT_MLA):
         self.check_length(idx.size(1))
         states = self.head_states(idx)
         learned = self.head_targets(states[0], targets)
-        losses = [checkpoint(self.head_loss, x, wanted, use_reentrant=False, preserve_rng_state=False)
-                  for x, wanted in zip(states, learned)]
+        losses = [self.checkpointed_loss(x, wanted) for x, wanted in zip(states, learned)]
         counts = [((wanted != -1).sum(), (targets[:, i:] != -1).sum().clamp(min=1)) for i, wanted in enumerate(learned)]
         return torch.stack(losses), torch.stack([n / n_all for n, n_all in counts])
 

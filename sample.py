@@ -147,7 +147,7 @@ def main(model_type='gpt', **defaults):
     progress.close()
     seconds = time.perf_counter() - t0
     print(f'{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s', file=sys.stderr)
-    if tally.passes:
+    if tally.gained:
         count, t0 = min(batch_size, config.num_samples), time.perf_counter()
         n_slow = count * sum(1 for _ in samples(0, count, speculative=False))
         slow = n_slow / (time.perf_counter() - t0)

@@ -119,7 +119,8 @@ def test_a_config_file_of_nanogpts_works(tmp_path):
 @pytest.mark.parametrize('name, model_config', [
     ('train_shakespeare_char', GPTConfig), ('train_shakespeare_char_mla', MLAConfig), ('train_gpt2', GPTConfig),
     ('train_gpt2_mla', MLAConfig), ('finetune_shakespeare', GPTConfig), ('eval_gpt2', GPTConfig),
-    ('train_shakespeare_char_k_ahead', KAheadConfig), ('train_gpt2_k_ahead', KAheadConfig), ('eval_gpt2_medium', GPTConfig), ('eval_gpt2_large', GPTConfig), ('eval_gpt2_xl', GPTConfig)])
+    ('train_shakespeare_char_k_ahead', KAheadConfig), ('train_gpt2_k_ahead', KAheadConfig), ('train_shakespeare_char_cpu', GPTConfig),
+    ('eval_gpt2_medium', GPTConfig), ('eval_gpt2_large', GPTConfig), ('eval_gpt2_xl', GPTConfig)])
 def test_our_config_files(name, model_config):
     config, model_args = configure([f'config/{name}.py'], TrainConfig, model_config)
     if name.endswith('_mla'):
