@@ -11,8 +11,8 @@ from device import autocast
 
 @torch.no_grad()
 def split_loss(model, tokens, dtype=torch.float32, batch_size=64):
-    """Mean loss in nats of the next token over a whole split: every token but the first is predicted once, from windows of block_size that
-    do not overlap."""
+    """Mean loss in nats of the next token over a whole split: every token but the first is predicted once, from windows of
+    block_size that do not overlap."""
     device, block_size = next(model.parameters()).device, model.config.block_size
     total = 0.0
     starts = range(0, len(tokens) - 1, block_size)

@@ -423,18 +423,17 @@ def start_wandb(config, model_config):
 
 def plot_losses(ax, history, label, color):
     """Draw a run's metrics: evaluated train loss (dashed) and val loss (solid), over the batches' own loss (faint). Further
-    heads have a val loss each (dotted); the batches' own is then the mean that is trained on."""
-    batches = [(row['iter'], row['loss']) for row in history if 'loss' in row]
+    heads have a val loss each (dotted); the others are then those of the first."""
+    batches = [(row['iter'], row.get('loss/head_1', row['loss'])) for row in history if 'loss' in row]
     evaluations = [(row['iter'], row['train_loss'], row['val_loss']) for row in history if 'val_loss' in row]
     if batches:
         ax.plot(*zip(*batches), color=color, alpha=0.3, linewidth=0.8, label=f"{label}, each batch's own")
     iters, train_losses, val_losses = zip(*evaluations)
     ax.plot(iters, train_losses, '--', color=color, label=f'{label}, train')
     ax.plot(iters, val_losses, '-o', color=color, markersize=3, label=f'{label}, val')
-    heads = [key for key in history[0] if key.startswith('val_loss/head_')]
-    for i, key in enumerate(heads[1:], start=1):
-        ax.plot(iters, [row[key] for row in history if 'val_loss' in row], ':s', color=f'C{i}', markersize=3,
-                label=f'{label}, val, head {i + 1}')
+    for i in range(2, 1 + sum(key.startswith('val_loss/head_') for key in history[-1])):
+        points = [(row['iter'], row[f'val_loss/head_{i}']) for row in history if row.get(f'val_loss/head_{i}')]  # 0: of nothing
+        ax.plot([n for n, _ in points], [loss for _, loss in points], ':s', color=f'C{i - 1}', markersize=3, label=f'{label}, val, head {i}')
     ax.set(xlabel='iteration', ylabel='cross-entropy loss (nats per token)')
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)

@@ -207,11 +207,13 @@ def test_the_best_val_loss_outlives_a_resume(tiny_args, tmp_path, program):
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on a CPU')
-def test_a_compiled_model_learns_the_same(tiny_args, tmp_path, program):
+@pytest.mark.parametrize('model_class', [GPT_MLA, GPT_KAhead])
+def test_a_compiled_model_learns_the_same(model_class, tiny_args, tmp_path, program):
     losses = []
     for switch in (False, True):
-        assert program(lambda: trainer.main(GPT_MLA), *tiny_args, f'--compile={switch}', f'--out_dir={tmp_path / str(switch)}')[0] == 0
-        losses.append([row['loss'] for row in read_metrics(tmp_path / str(switch)) if 'loss' in row])
+        assert program(lambda: trainer.main(model_class), *tiny_args, f'--compile={switch}', f'--out_dir={tmp_path / str(switch)}')[0] == 0
+        losses.append([[value for key, value in row.items() if key.startswith('loss')]
+                       for row in read_metrics(tmp_path / str(switch)) if 'loss' in row])
     np.testing.assert_allclose(*losses, atol=1e-4)
 
 
