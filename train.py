@@ -235,15 +235,18 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
     @torch.no_grad()
     def estimate_loss():
         """Mean loss of each split over the same eval_iters batches every time; each process takes its share. The loss is
-        that of the next token; where there are more heads, theirs stand beside it."""
+        that of the next token; where there are more heads, theirs stand beside it, over the batches with something for them to
+        learn (which give no loss of 0)."""
         model.eval()
         losses = {}
         for split in SPLITS:
-            total = torch.zeros(n_heads, device=device)
+            total = torch.zeros(2, n_heads, device=device)  # of the losses, and of the batches that have one
             for k in range(rank, config.eval_iters, world_size):
                 with autocast(device_type, dtype):
-                    total += model.losses(*batch(split, 1, k))
-            mean = mean_over_processes(total * world_size / config.eval_iters)
+                    batch_losses = model.losses(*batch(split, 1, k))
+                total += torch.stack((batch_losses, batch_losses != 0))
+            total, count = mean_over_processes(total)
+            mean = [a / max(b, 1 / world_size) for a, b in zip(total, count)]
             losses |= {f'{split}_loss': mean[0]} | by_head(f'{split}_loss', mean)
         model.train()
         return losses
