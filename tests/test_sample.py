@@ -13,6 +13,7 @@ import sample
 from checkpoint import checkpoint_path
 from data.tokenizer import gpt2_encoding
 from model import GPT
+from model_k_ahead import GPT_KAhead
 
 ROOT = Path(sample.__file__).parent
 
@@ -51,6 +52,18 @@ def sample_texts(program, tmp_path, *args):
     code, out, err = program(sample.main, f'--out_dir={tmp_path}', '--device=cpu', '--max_new_tokens=30', *args)
     assert code == 0, err
     return out.split('\n', 1)[1].split('\n---------------\n')[:-1]
+
+
+def test_all_heads_of_a_k_ahead_model(tmp_path, program):
+    save(tmp_path / 'ckpt_k_ahead.pt', tiny_model(GPT_KAhead))
+    args = [f'--out_dir={tmp_path}', '--device=cpu', '--num_samples=3', '--batch_size=2', '--max_new_tokens=40', '--temperature=0',
+            '--past_context=drop']
+    code, all_heads, err = program(lambda: sample.main('k_ahead'), *args)
+    assert code == 0 and 'tokens per pass' in err and 'one token at a time' in err and 'times as fast' in err
+    code, one_by_one, err = program(lambda: sample.main('k_ahead'), *args, '--speculative=False')
+    assert code == 0 and one_by_one == all_heads and 'tokens per pass' not in err
+    code, streamed, err = program(lambda: sample.main('k_ahead'), *args, '--stream')
+    assert code == 0 and streamed == all_heads
 
 
 def test_a_sample_is_the_same_streamed_or_in_any_batch(tmp_path, program):
