@@ -38,6 +38,7 @@ from generate import Tally, generate
 from model import GPT
 from model_k_ahead import GPT_KAhead, KAheadConfig
 from model_mla import GPT_MLA, MLAConfig
+from sample import check_temperature
 
 TEMPERATURE, TOP_K = 0.8, 200  # the sampler's defaults, for all
 
@@ -89,6 +90,7 @@ class KAheadDecodeConfig:
 
     def __post_init__(self):
         check_least(self, prompts=1, prompt_tokens=1, new_tokens=2, batch_size=1, temperature=0, seed=0)
+        check_temperature(self.temperature)
 
 
 def check_least(config, **at_least):
@@ -303,7 +305,12 @@ def k_ahead(argv):
                         'with train_k_ahead.py')
     dataset = config.dataset or (read_checkpoint(find_checkpoint(config.out_dir, 'k_ahead'), mmap=True).get('config')
                                  or {}).get('dataset', '')
+    if not dataset:
+        raise UserError(f'the checkpoint in out_dir={config.out_dir} does not name the data of its training: give --dataset=NAME')
     data = open_data(dataset)
+    if config.prompt_tokens >= model.config.block_size:
+        raise UserError(f'prompt_tokens={config.prompt_tokens} leaves no room to guess in block_size={model.config.block_size}: '
+                        'give fewer')
     data.check(config.prompt_tokens, model.config.vocab_size)
     starts = np.linspace(0, len(data.val) - config.prompt_tokens, config.prompts, dtype=np.int64)
     prompts = torch.from_numpy(np.stack([data.val[i:i + config.prompt_tokens] for i in starts]).astype(np.int64)).to(device)

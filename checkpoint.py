@@ -108,6 +108,8 @@ def from_pretrained(model_class, name, **overrides):
                         ) from None
     except Exception as e:  # a damaged file can raise nearly anything
         reason = ' '.join(str(e).split()).split('. ')[0][:200]
+        if model_class is not GPT:
+            raise UserError(reason) from None
         remedy = 'the network is needed once' if name in GPT2_NAMES else 'give the directory of a GPT-2, or a checkpoint'
         raise UserError(f'{name} cannot be loaded ({type(e).__name__}: {reason}): {remedy}') from None
 

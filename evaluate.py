@@ -24,5 +24,5 @@ def split_loss(model, tokens, dtype=torch.float32, batch_size=64):
         windows = np.stack([tokens[i:i + block_size + 1] for i in group]).astype(np.int64)  # (B, T + 1)
         windows = torch.from_numpy(windows).to(device)
         with autocast(device.type, dtype):
-            total += model.losses(windows[:, :-1], windows[:, 1:])[0].item() * windows[:, 1:].numel()
+            total += model.losses(windows[:, :-1], windows[:, 1:])[0][0].item() * windows[:, 1:].numel()
     return total / (len(tokens) - 1)

@@ -12,16 +12,16 @@ from torch.nn import functional as F
 
 @dataclass
 class Tally:
-    """What came of the passes of speculate, the one that reads the prompt left out."""
+    """What came of the passes of decoding; the one in which speculate reads the prompt is left out."""
     gained: list = field(default_factory=list)  # the tokens by which each of them brought each sequence on
 
     @property
     def tokens_per_pass(self):
-        return sum(self.gained) / len(self.gained)
+        return sum(self.gained) / max(len(self.gained), 1)
 
     def stood(self, n):
         """The share of the passes in which the first n guesses stood."""
-        return sum(gained > n for gained in self.gained) / len(self.gained)
+        return sum(gained > n for gained in self.gained) / max(len(self.gained), 1)
 
 
 def generate(model, idx, max_new_tokens, n_vocab, **settings):
@@ -45,7 +45,8 @@ def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top
     step, and all that is cached is stale: past_context='slide' reads the whole window anew for every token, as nanoGPT
     does; 'drop' forgets the older half of it, reads the rest and goes on from the cache, which gives another text.
 
-    A model of several heads decodes with all of them, unless speculative is False: see speculate, which fills the tally.
+    A model of several heads decodes with all of them, unless speculative is False: see speculate. The tally is told what came
+    of each pass.
 
     Raises ValueError for an empty prompt and for settings out of range.
     """
@@ -58,12 +59,13 @@ def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top
     rule = Rule(n_vocab, temperature, top_k, top_p, generators)
     stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     n_left, window = max_new_tokens, idx[:, -block_size:]
+    tally = tally or Tally()
     while n_left > 0:
         n_new = min(n_left, block_size + 1 - window.size(1))  # until the model has seen block_size tokens and drawn one more
         if speculative and n_new > 1 and getattr(model.config, 'k_ahead', 1) > 1:
-            steps = speculate(model, window, n_new, rule, tally or Tally())
+            steps = speculate(model, window, n_new, rule, tally)
         else:
-            steps = one_by_one(model, window, n_new, rule)
+            steps = one_by_one(model, window, n_new, rule, tally)
         drawn = [window]
         for new in steps:
             if stop is not None:
@@ -77,18 +79,20 @@ def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top
         window = torch.cat(drawn, dim=1)[:, -(block_size if past_context == 'slide' else (block_size + 1) // 2):]
 
 
-def one_by_one(model, window, n_new, rule):
+def one_by_one(model, window, n_new, rule, tally):
     """Yield the n_new tokens (B,) after the window (B, T)."""
     B, T = window.shape
     cache = model.new_cache(B, T + n_new - 1) if n_new > 1 else None
     for _ in range(n_new):
         new = rule.choose(model.next_logits(window, cache))  # (B,)
+        tally.gained += [1] * B
         yield new
         window = new.unsqueeze(1)
 
 
 def speculate(model, window, n_new, rule, tally):
-    """one_by_one for a GPT_KAhead: the same tokens in fewer passes (Leviathan et al. 2023, "Fast Inference from Transformers
+    """one_by_one for a GPT_KAhead: tokens of the same distribution, and at a temperature of 0 the same tokens but for ties
+    within rounding, in fewer passes (Leviathan et al. 2023, "Fast Inference from Transformers
     via Speculative Decoding", with the model's own heads as the draft, as in Gloeckle et al. 2024).
 
     A pass reads the newest token and the k - 1 guesses that the further heads made for what follows it. Its first head then

@@ -299,8 +299,9 @@ class GPT(nn.Module):
         return self(idx, cache=cache)[0][:, -1]
 
     def losses(self, idx, targets):
-        """The loss of each head, (1,): a GPT has one."""
-        return self(idx, targets)[1].view(1)
+        """The loss of each head and the share of the positions at which it learns, both (1,): a GPT has one head, and all."""
+        loss = self(idx, targets)[1].view(1)
+        return loss, torch.ones_like(loss)
 
     def new_cache(self, B, length):
         """An empty cache for B sequences of up to length tokens: one entry a layer, in the model's dtype."""
@@ -334,8 +335,8 @@ class GPT(nn.Module):
         Raises ValueError for a model class whose attention those weights do not fit and for what is no GPT-2, OSError
         where they cannot be read.
         """
-        if cls.attention_class is not CausalSelfAttention:
-            raise ValueError(f'{source} has the weights of multi-head attention, which {cls.__name__} lacks: '
+        if cls.model_type != GPT.model_type:
+            raise ValueError(f'{source} has the weights of a GPT with multi-head attention, which is no {cls.__name__}: '
                              'train.py takes them, convert_mla.py makes an MLA model of them')
         import huggingface_hub
         from transformers import AutoConfig, GPT2LMHeadModel

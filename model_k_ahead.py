@@ -141,14 +141,14 @@ class GPT_KAhead(GPT_MLA):
         return checkpoint(self.head_loss, x, targets, use_reentrant=False, preserve_rng_state=False)
 
     def losses(self, idx, targets):
-        """The loss of each head, (k,), in nats. Only one head's logits are alive at a time, since k times the vocabulary is what
-        would fill the memory."""
-        return self.losses_and_shares(idx, targets)[0]
-
-    def losses_and_shares(self, idx, targets):
-        """losses, and the share (k,) of the positions with a target at which each head learns: 1 with positions='all'."""
+        """The loss of each head, (k,), in nats, and the share (k,) of the positions with a target at which it learns: 1 with
+        positions='all'. Only one head's logits are alive at a time, since k times the vocabulary is what would fill the
+        memory. Raises ValueError for more tokens than block_size."""
         self.check_length(idx.size(1))
-        states = self.head_states(idx)
+        return self.losses_of(self.head_states(idx), targets)
+
+    def losses_of(self, states, targets):
+        """losses, of the heads' last residual streams, k tensors (B, T, n_embd)."""
         learned = self.head_targets(states[0], targets)
         losses = [self.checkpointed_loss(x, wanted) for x, wanted in zip(states, learned)]
         counts = [((wanted != -1).sum(), (targets[:, i:] != -1).sum().clamp(min=1)) for i, wanted in enumerate(learned)]
@@ -162,15 +162,16 @@ class GPT_KAhead(GPT_MLA):
         of the positions at which its head learns, so that each position weighs the same. Raises ValueError for more tokens
         than block_size.
         """
-        logits = None
+        self.check_length(idx.size(1))
+        states, logits, loss = self.head_states(idx), None, None
         if targets is None or not self.training:
-            self.check_length(idx.size(1))
-            logits = torch.stack([self.unembed(x) for x in self.head_states(idx)], dim=1)  # (B, k, T, vocab_size)
-        if targets is None:
-            return logits, None
-        losses, shares = self.losses_and_shares(idx, targets)
-        self.head_losses = losses.detach()
-        return logits, losses @ (shares * losses.new_tensor(self.config.normalised_weights()))
+            logits = torch.stack([self.unembed(x) for x in states], dim=1)  # (B, k, T, vocab_size)
+        if targets is not None:
+            losses, shares = self.losses_of(states, targets)
+            self.head_losses = losses.detach()
+            weights = losses.new_tensor(self.config.normalised_weights())
+            loss = (losses * shares * weights).sum()  # no @, which autocast would take for a matrix product in half precision
+        return logits, loss
 
     def next_logits(self, idx, cache=None):
         return GPT.forward(self, idx, cache=cache)[0][:, -1]  # of head 0 alone

@@ -40,7 +40,7 @@ class SampleConfig:
     top_p: float = 1.0  # and among the likeliest that together have this probability
     stop: str = ''  # a token, such as <|endoftext|>, that ends a sample and is not printed
     past_context: Literal['slide', 'drop'] = 'slide'  # past block_size: 'slide' as nanoGPT; 'drop' half: fast, other text
-    speculative: bool = True  # a k-ahead model guesses with all its heads; False: one token at a time, the same text
+    speculative: bool = True  # a k-ahead model guesses with all its heads, False: one token at a time
     stream: bool = False  # print each token as it is drawn, one sample after the other
     json: bool = False  # print a line of JSON for each sample
     seed: int = 1337  # of the random draws; a sample depends on it and on its number alone
@@ -53,8 +53,7 @@ class SampleConfig:
         for key, least in at_least.items():
             if getattr(self, key) < least:
                 raise ValueError(f'{key}={getattr(self, key)} must be at least {least}')
-        if 0 < self.temperature < 1e-3:
-            raise ValueError(f'temperature={self.temperature} must be 0 or at least 0.001')
+        check_temperature(self.temperature)
         if not 0 < self.top_p <= 1:
             raise ValueError(f'top_p={self.top_p} must be above 0 and at most 1')
         if self.stream and self.json:
@@ -62,6 +61,11 @@ class SampleConfig:
         if self.init_from != 'resume' and not is_hugging_face(self.init_from):
             raise ValueError(f"init_from={self.init_from!r} must be 'resume', {', '.join(GPT2_NAMES)} or the directory of a "
                              'Hugging Face GPT-2')
+
+
+def check_temperature(temperature):
+    if 0 < temperature < 1e-3:
+        raise ValueError(f'temperature={temperature} must be 0 or at least 0.001')
 
 
 def read_prompt(start):
@@ -93,6 +97,10 @@ def main(model_type='gpt', **defaults):
 
     source = config.out_dir if config.init_from == 'resume' else config.init_from
     model, spec = load_model(source, device, model_type, dtype)
+    if model_type == 'k_ahead' and model.model_type != model_type:
+        raise UserError(f'{source} holds a {type(model).__name__}, which has no heads to guess with: sample.py takes it')
+    if config.compile and model.model_type == 'k_ahead':
+        raise UserError('compile=True is not for a k-ahead model: leave it out')
     tokenizer = make_tokenizer(spec)
     prompt = tokenizer.encode(read_prompt(config.start))
     stop = stop_token(config.stop, tokenizer)
@@ -115,7 +123,7 @@ def main(model_type='gpt', **defaults):
     batch_size = 1 if config.stream else config.batch_size
     progress = tqdm(total=config.num_samples * config.max_new_tokens, unit=' tokens', leave=False,
                     disable=config.stream or not sys.stderr.isatty())
-    n_tokens, t0 = 0, time.perf_counter()
+    n_tokens, n_decoded, in_decode, t0 = 0, 0, 0.0, time.perf_counter()
     for first in range(0, config.num_samples, batch_size):
         count = min(batch_size, config.num_samples - first)
         text = codecs.getincrementaldecoder('utf-8')('replace')  # holds back a character until all its bytes are there
@@ -126,11 +134,15 @@ def main(model_type='gpt', **defaults):
         if config.stream:
             show(prompt)
         drawn = []  # tensors (count,), one for each step
-        for ids in samples(first, count):
+        steps, started = samples(first, count), time.perf_counter()
+        for ids in steps:
+            in_decode += time.perf_counter() - started
             drawn.append(ids)
             progress.update(count)
             if config.stream and ids[0] != stop:
                 show(ids.tolist())
+            started = time.perf_counter()
+        n_decoded += count * len(drawn)
         for number, ids in enumerate(torch.stack(drawn, dim=1).tolist() if drawn else [[]] * count, start=first):
             stopped = stop in ids
             ids = ids[:ids.index(stop)] if stopped else ids
@@ -147,12 +159,11 @@ def main(model_type='gpt', **defaults):
     progress.close()
     seconds = time.perf_counter() - t0
     print(f'{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s', file=sys.stderr)
-    if tally.gained:
-        count, t0 = min(batch_size, config.num_samples), time.perf_counter()
-        n_slow = count * sum(1 for _ in samples(0, count, speculative=False))
-        slow = n_slow / (time.perf_counter() - t0)
-        print(f'{tally.tokens_per_pass:.2f} tokens per pass, {tally.tokens_per_pass - 1:.2f} of them accepted guesses; one token '
-              f'at a time: {slow:,.0f} tokens/s, so {n_tokens / seconds / slow:.2f} times as fast', file=sys.stderr)
+    if config.speculative and tally.gained and getattr(model.config, 'k_ahead', 1) > 1:
+        per_pass, count, t0 = tally.tokens_per_pass, min(batch_size, config.num_samples), time.perf_counter()
+        slow = count * sum(1 for _ in samples(0, count, speculative=False)) / (time.perf_counter() - t0)
+        print(f'{per_pass:.2f} tokens per pass, {per_pass - 1:.2f} of them accepted guesses; one token at a time: {slow:,.0f} '
+              f'tokens/s, so {n_decoded / in_decode / slow:.2f} times as fast', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -122,7 +122,8 @@ def make_model(model_class, config, model_args, data, device):
         vocab_size = 50304 if data.tokenizer == 'gpt2' else len(data.tokenizer)
         settings = {'bias': False, 'vocab_size': vocab_size} | model_args
         return model_class(build(model_class.config_class, settings)), None
-    kept = {k: v for k, v in model_args.items() if k == 'dropout'}  # all that may change with the weights kept
+    may_change = 'dropout', 'positions', 'loss_weights'  # with the weights kept
+    kept = {k: v for k, v in model_args.items() if k in may_change}
     if config.init_from == 'resume':
         path = checkpoint_path(config.out_dir, model_class.model_type)
         checkpoint = read_checkpoint(path, device)
@@ -213,8 +214,8 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
     n_heads = getattr(model.config, 'k_ahead', 1)
 
     def by_head(name, values):
-        """{'loss/head_1': ...} for a model of several heads."""
-        return {f'{name}/head_{i}': value for i, value in enumerate(values, start=1)} if n_heads > 1 else {}
+        """{'loss/head_1': ...} for a model of several heads, without those that had nothing to learn, whose loss is 0."""
+        return {f'{name}/head_{i}': value for i, value in enumerate(values, start=1) if value} if n_heads > 1 else {}
 
     def batch(split, stream, number):
         """Batch number of a stream (0 training, 1 evaluation): inputs and targets, both (batch_size, block_size)."""
@@ -235,18 +236,16 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
     @torch.no_grad()
     def estimate_loss():
         """Mean loss of each split over the same eval_iters batches every time; each process takes its share. The loss is
-        that of the next token; where there are more heads, theirs stand beside it, over the batches with something for them to
-        learn (which give no loss of 0)."""
+        that of the next token; where there are more heads, theirs stand beside it, over the positions at which they learn."""
         model.eval()
         losses = {}
         for split in SPLITS:
-            total = torch.zeros(2, n_heads, device=device)  # of the losses, and of the batches that have one
+            total = torch.zeros(2, n_heads, device=device)  # of losses times shares, and of shares
             for k in range(rank, config.eval_iters, world_size):
                 with autocast(device_type, dtype):
-                    batch_losses = model.losses(*batch(split, 1, k))
-                total += torch.stack((batch_losses, batch_losses != 0))
-            total, count = mean_over_processes(total)
-            mean = [a / max(b, 1 / world_size) for a, b in zip(total, count)]
+                    batch_losses, shares = model.losses(*batch(split, 1, k))
+                total += torch.stack((batch_losses * shares, shares))
+            mean = [a / b if b else 0.0 for a, b in zip(*mean_over_processes(total))]
             losses |= {f'{split}_loss': mean[0]} | by_head(f'{split}_loss', mean)
         model.train()
         return losses
@@ -434,9 +433,10 @@ def plot_losses(ax, history, label, color):
     iters, train_losses, val_losses = zip(*evaluations)
     ax.plot(iters, train_losses, '--', color=color, label=f'{label}, train')
     ax.plot(iters, val_losses, '-o', color=color, markersize=3, label=f'{label}, val')
-    for i in range(2, 1 + sum(key.startswith('val_loss/head_') for key in history[-1])):
-        points = [(row['iter'], row[f'val_loss/head_{i}']) for row in history if row.get(f'val_loss/head_{i}')]  # 0: of nothing
-        ax.plot([n for n, _ in points], [loss for _, loss in points], ':s', color=f'C{i - 1}', markersize=3, label=f'{label}, val, head {i}')
+    heads = {int(key.removeprefix('val_loss/head_')) for row in history for key in row if key.startswith('val_loss/head_')}
+    for i in sorted(heads - {1}):
+        points = [(row['iter'], row[f'val_loss/head_{i}']) for row in history if f'val_loss/head_{i}' in row]
+        ax.plot(*zip(*points), ':s', color=f'C{i - 1}', markersize=3, label=f'{label}, val, head {i}')
     ax.set(xlabel='iteration', ylabel='cross-entropy loss (nats per token)')
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)

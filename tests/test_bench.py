@@ -96,7 +96,8 @@ def test_k_ahead_measures_a_checkpoint(tmp_path, data_dir, program):
 
 @pytest.mark.parametrize('args, words', [
     (['--prompts=0'], 'prompts=0 must be at least 1'), (['--dataset=nowhere'], 'dataset=nowhere'),
-    (['--out_dir=nowhere'], 'there is no checkpoint'), (['--prompt_tokens=600'], 'is too long for'),
+    (['--out_dir=nowhere'], 'there is no checkpoint'), (['--prompt_tokens=16'], 'leaves no room to guess in block_size=16'),
+    (['--temperature=1e-9'], 'must be 0 or at least 0.001'), (['--dataset='], 'does not name the data'),
     (['--temperature=-1'], 'temperature=-1')])
 def test_bad_input_to_k_ahead(args, words, tmp_path, data_dir, program):
     save_k_ahead(tmp_path / 'ckpt_k_ahead.pt')

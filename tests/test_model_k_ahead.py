@@ -29,8 +29,10 @@ def test_shapes(attention, head):
     logits, loss = model(idx, idx)
     assert logits.shape == (2, 3, 9, V) and loss.shape == () and model.head_losses.shape == (3,)
     assert model.train()(idx, idx)[0] is None
-    with pytest.raises(ValueError, match='17 tokens does not fit into block_size=16'):
-        model(torch.zeros(1, 17, dtype=torch.long))
+    too_long = torch.zeros(1, 17, dtype=torch.long)
+    for call in (lambda: model(too_long), lambda: model(too_long, too_long), lambda: model.losses(too_long, too_long)):
+        with pytest.raises(ValueError, match='17 tokens does not fit into block_size=16'):
+            call()
 
 
 def test_size():
@@ -69,7 +71,7 @@ def test_targets_are_shifted_by_hand():
         loss = model.train(mode)(idx, targets)[1]
         torch.testing.assert_close(model.head_losses.double(), wanted, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(loss.double(), wanted.mean(), atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(model.losses(idx, targets).double(), wanted, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(model.losses(idx, targets)[0].double(), wanted, atol=1e-6, rtol=1e-6)
 
 
 @torch.no_grad()
@@ -85,11 +87,43 @@ def test_greedy_positions_by_hand():
         learned = [-logits[b, i, t, targets[b, t + i]] for b in range(3) for t in range(12 - i) if targets[b, t + i] >= 0
                    and all(choice[b, t + j] == targets[b, t + j] for j in range(i))]
         assert len(learned) > 2 and (i == 0 or len(learned) < 3 * (12 - i))
-        torch.testing.assert_close(model.losses(idx, targets)[i].double(), torch.stack(learned).mean(), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(model.losses(idx, targets)[0][i].double(), torch.stack(learned).mean(), atol=1e-6, rtol=1e-6)
         by_share += len(learned) / (3 * (12 - i) - 3) * torch.stack(learned).mean() / 4
     torch.testing.assert_close(model(idx, targets)[1].double(), by_share, atol=1e-6, rtol=1e-6)
     nothing_chosen = (choice + 1) % V
-    assert model.losses(idx, nothing_chosen)[1:].tolist() == [0, 0, 0]
+    losses, shares = model.losses(idx, nothing_chosen)
+    assert losses[1:].tolist() == shares[1:].tolist() == [0, 0, 0] and shares[0] == 1
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_loss_in_float32(dtype):
+    model, idx = tiny(loss_weights='1,1,0.3'), torch.randint(V, (2, 9))
+    with torch.amp.autocast('cpu', dtype):
+        loss = model.train()(idx, idx)[1]
+    weights = torch.tensor(model.config.normalised_weights())
+    torch.testing.assert_close(loss.detach(), (model.head_losses * weights).sum(), atol=1e-6, rtol=1e-6)
+
+
+def test_further_heads_start_as_blocks_do():
+    """Against head 1, which is the ordinary model's last block."""
+    model = tiny(n_embd=64, n_layer=4)
+    of_block = dict(model.transformer.h[-1].named_parameters())
+    for head in model.ahead:
+        for name, p in head.named_parameters():
+            assert p.std().item() == pytest.approx(of_block[name].std().item(), rel=0.1) or p.dim() == 1
+            assert p.dim() == 2 or torch.equal(p, of_block[name])
+    linear = tiny(head='linear', n_embd=64, n_layer=4).ahead[0]
+    x = torch.randn(2, 3, 64)
+    torch.testing.assert_close(linear(x), x + F.linear(x, linear.c_proj.weight, linear.c_proj.bias))
+    assert linear.c_proj.weight.std().item() == pytest.approx(0.02 / 8 ** 0.5, rel=0.1) and not linear.c_proj.bias.any()
+
+
+def test_flops_count_the_unembedding_once_for_each_head():
+    ordinary = tiny_model(GPT, n_layer=3)
+    for head in ('block', 'linear'):
+        model = tiny(head=head)
+        extra = 6 * (model.get_num_params() - ordinary.get_num_params()) + 6 * 2 * V * 16 + (2 * 12 * 16 * 16 if head == 'block' else 0)
+        assert model.flops_per_token() - ordinary.flops_per_token() == extra
 
 
 @torch.no_grad()

@@ -62,6 +62,12 @@ def test_all_heads_of_a_k_ahead_model(tmp_path, program):
     assert code == 0 and 'tokens per pass' in err and 'one token at a time' in err and 'times as fast' in err
     code, one_by_one, err = program(lambda: sample.main('k_ahead'), *args, '--speculative=False')
     assert code == 0 and one_by_one == all_heads and 'tokens per pass' not in err
+    code, _, err = program(lambda: sample.main('k_ahead'), *args, '--compile')
+    assert code == 2 and 'compile=True is not for' in err and err.count('\n') == 1
+    (tmp_path / 'gpt').mkdir()
+    save(tmp_path / 'gpt' / 'ckpt.pt', tiny_model(GPT))
+    code, _, err = program(lambda: sample.main('k_ahead'), f'--out_dir={tmp_path / "gpt"}', '--device=cpu')
+    assert code == 2 and 'holds a GPT, which has no heads to guess with' in err and err.count('\n') == 1
     code, streamed, err = program(lambda: sample.main('k_ahead'), *args, '--stream')
     assert code == 0 and streamed == all_heads
 

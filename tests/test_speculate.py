@@ -33,7 +33,7 @@ def test_greedy_text_is_that_of_one_token_at_a_time(attention, head, past_contex
         wanted = generate(model, idx, n, 3, speculative=False, **settings)
         assert wanted.shape == (B, T + n)
         assert torch.equal(generate(model, idx, n, 3, tally=tally, **settings), wanted)
-    assert 1.1 < tally.tokens_per_pass < 6  # guesses stood and fell
+    assert 1.05 < tally.tokens_per_pass < 6  # guesses stood and fell
 
 
 @KINDS
@@ -62,6 +62,15 @@ def test_sampling_has_the_models_own_distribution(attention, head, settings):
     degrees = (expected > 0).sum().item() - 1
     assert chi2 < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations
     assert 0.05 < tally.stood(1) < 0.95
+
+
+def test_a_guess_that_falls_by_rounding_alone(monkeypatch):
+    """p is q, so nothing is left of p - q to draw the token from that takes its place."""
+    monkeypatch.setattr(Rule, 'uniform', lambda self, like: torch.ones_like(like))
+    rule = Rule(3, 1.0, None, 1.0, None)
+    logits = torch.tensor([[[0.0, 1.0, -30.0], [0.0, 0.0, 0.0]]])
+    n_right, new = rule.verify(torch.tensor([[1]]), rule.probabilities(logits[:, :1]), logits)
+    assert n_right.tolist() == [0] and new.item() in (0, 1)
 
 
 @KINDS
