@@ -150,6 +150,7 @@ def nanogpt_contender(folder, gpt):
         with contextlib.redirect_stdout(sys.stderr):
             model = module.GPT(module.GPTConfig(**{key: getattr(gpt.config, key) for key in keys}))
         model.load_state_dict(gpt.state_dict())
+        model.generate
     except Exception as e:  # it is another program
         raise UserError(f'against={folder!r}: {path} is not nanoGPT\'s ({type(e).__name__}: {e})') from None
     model = model.to(gpt.lm_head.weight.device, gpt.lm_head.weight.dtype).eval()

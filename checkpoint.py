@@ -28,7 +28,7 @@ def checkpoint_path(out_dir, model_type):
 
 def save_checkpoint(path, model, tokenizer, config, iter_num, **state):
     """Write a model and the state of its run: config is a dictionary of settings, state what else to remember, such as
-    the optimizer's. The file at path is either the old one or the new one, never half of it."""
+    the optimizer's. The file at path is either the old one or the new one, never half of it. Raises OSError where it cannot be written."""
     added = {'gelu': GPTConfig.gelu}  # nanoGPT has no such key, so it is written only where it says something
     checkpoint = {
         'model': model.state_dict(),
@@ -39,12 +39,16 @@ def save_checkpoint(path, model, tokenizer, config, iter_num, **state):
         'tokenizer': tokenizer,
         **state,
     }
-    partial = f'{path}.partial'
-    with open(partial, 'wb') as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    partial = Path(f'{path}.partial')
+    try:
+        with open(partial, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch raises the latter where a disk is full
+        partial.unlink(missing_ok=True)
+        raise OSError(f'{path} cannot be written: {" ".join(str(e).split())[:120]}') from None
 
 
 def read_checkpoint(path, device='cpu', mmap=False):
@@ -110,7 +114,8 @@ def from_pretrained(model_class, name, **overrides):
         reason = ' '.join(str(e).split()).split('. ')[0][:200]
         if model_class is not GPT:
             raise UserError(reason) from None
-        remedy = 'the network is needed once' if name in GPT2_NAMES else 'give the directory of a GPT-2, or a checkpoint'
+        remedy = ('the network is needed once' if name in GPT2_NAMES and isinstance(e, OSError) else
+                  'give the directory of a GPT-2, or a checkpoint')
         raise UserError(f'{name} cannot be loaded ({type(e).__name__}: {reason}): {remedy}') from None
 
 

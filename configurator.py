@@ -100,6 +100,9 @@ def run_config_file(path, standing):
     if not os.path.isfile(path):
         hint = f'; did you mean --{path}?' if '=' in path else ': give the path of a Python file, or --key=value'
         raise UserError(f'there is no config file {path!r}{hint}')
+    if not path.endswith('.py'):
+        raise UserError(f'{path!r} is no config file, whose name ends in .py: options are written --key=value, for instance '
+                        '--out_dir=...')
     # what stands so far lies where builtins lie, so that what the file assigns can be told from what it reads
     namespace = {'__builtins__': vars(builtins) | standing, '__file__': path}
     try:

@@ -91,9 +91,11 @@ def factor(W, b, moments, rank):
         if b is not None:  # which can take over the mean, so that only the spread around it is left to the factors
             covariance = covariance - mean.outer(mean)
     spread, directions = torch.linalg.eigh(covariance)
+    if spread.max() <= 0:  # a text that never varies says nothing
+        spread = torch.ones_like(spread)
+    root = directions * spread.clamp_min(0).sqrt()
     # directions that the text never took count a little, so that with full rank nothing is lost anywhere
-    root = directions * spread.clamp_min(1e-6 * spread.max()).sqrt()
-    D, E = low_rank(W, root, rank)
+    D, E = low_rank(W, directions * spread.clamp_min(1e-10 * spread.max()).sqrt(), rank)
     lost = W - D @ E
     if b is not None:
         b = b + lost @ mean
@@ -149,8 +151,8 @@ def open_text(config, source, model, spec):
 
 def main():
     args = sys.argv[1:]
-    source = args.pop(0) if args and not args[0].startswith('-') else None
-    config, _ = configure(args, ConvertConfig)
+    source = next((arg for arg in args if not arg.startswith('-') and not arg.endswith('.py')), None)
+    config, _ = configure([arg for arg in args if arg != source], ConvertConfig)
     if source is None:
         raise UserError('no checkpoint was given: python convert_mla.py CKPT --n_latent=N')
     path = checkpoint_path(config.out_dir, 'mla')

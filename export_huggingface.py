@@ -10,6 +10,7 @@ Write a trained GPT as a directory that transformers loads, with GPT-2's tokeniz
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -63,19 +64,25 @@ def export(source, folder):
     if type(model) is not GPT:
         raise UserError(f'{source} holds a {type(model).__name__}, for which transformers has no class: only a GPT can be '
                         'exported')
+    from safetensors import SafetensorError
     from transformers.utils import logging
     logging.disable_progress_bar()
-    partial = Path(f'{folder}.partial')
+    partial = None
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.'))
+        partial.chmod(0o755)
         to_hugging_face(model).save_pretrained(partial)
         if spec == 'gpt2':
             save_tokenizer(partial, model.config.block_size)
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
-    except OSError as e:
-        raise UserError(f'{folder} cannot be written ({e.strerror or e}): give another folder') from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f'{folder} cannot be written ({getattr(e, "strerror", None) or e}): give another folder') from None
+    finally:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
     return model, spec
 
 

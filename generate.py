@@ -36,8 +36,8 @@ def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top
            generators=None, speculative=True, tally=None):
     """Yield the next token of each of the prompts idx (B, T), then the one after it, and so on: tensors (B,).
 
-    Ids at or above n_vocab, with which a vocabulary was padded, are never drawn. A temperature of 0 takes the likeliest
-    token; top_k draws among the top_k likeliest alone, top_p among the likeliest that together have that probability
+    Ids at or above n_vocab, with which a vocabulary was padded, are never drawn. A temperature of 0, or a top_k of 1, takes the
+    likeliest token; top_k draws among the top_k likeliest alone, top_p among the likeliest that together have that probability
     (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). A row that has met the id stop repeats it
     until all rows have. generators, one torch.Generator a row, make a row's draws independent of the others'.
 
@@ -139,6 +139,10 @@ class Rule:
     top_p: float
     generators: list | None
 
+    @property
+    def greedy(self):
+        return self.temperature == 0 or self.top_k == 1
+
     def of_rows(self, chosen):
         """The rule for the rows for which the list chosen says True."""
         return self if self.generators is None else replace(
@@ -157,7 +161,8 @@ class Rule:
         if self.top_p < 1:
             likeliest, ids = probs.sort(descending=True)
             likelier = likeliest.cumsum(-1) - likeliest  # the probability of all that come before
-            probs = torch.zeros_like(probs).scatter(-1, ids, likeliest.masked_fill(likelier >= self.top_p, 0))
+            kept = (likelier < self.top_p).index_fill(-1, torch.zeros(1, dtype=torch.long, device=ids.device), True)
+            probs = torch.zeros_like(probs).scatter(-1, ids, likeliest * kept)
             probs = probs / probs.sum(dim=-1, keepdim=True)
         return probs
 
@@ -175,13 +180,13 @@ class Rule:
 
     def choose(self, logits):
         """One id (B,) from each row of the logits (B, vocab_size)."""
-        if self.temperature == 0:
+        if self.greedy:
             return self.likeliest(logits)
         return self.draw(self.probabilities(logits).unsqueeze(1)).squeeze(1)
 
     def guess(self, logits):
         """Ids (B, n) by the logits (B, n, vocab_size), and the distributions that they were drawn from, if any."""
-        if self.temperature == 0:
+        if self.greedy:
             return self.likeliest(logits), None
         chances = self.probabilities(logits)
         return self.draw(chances), chances
@@ -192,7 +197,7 @@ class Rule:
         stands with probability min(1, p(x) / q(x)); in place of the first that falls comes a token drawn from max(0, p - q).
         """
         at = torch.arange(len(guesses), device=guesses.device)
-        if self.temperature == 0:
+        if self.greedy:
             wanted = self.likeliest(logits)  # (B, k)
             n_right = (guesses == wanted[:, :-1]).cumprod(dim=1).sum(dim=1)
             return n_right, wanted[at, n_right]

@@ -43,7 +43,7 @@ class SampleConfig:
     speculative: bool = True  # a k-ahead model guesses with all its heads, False: one token at a time
     stream: bool = False  # print each token as it is drawn, one sample after the other
     json: bool = False  # print a line of JSON for each sample
-    seed: int = 1337  # of the random draws; a sample depends on it and on its number alone
+    seed: int = 1337  # of the random draws; in float32 a sample depends on it and its number alone
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # weights and cache; 'auto': bfloat16 on a GPU
     compile: bool = False  # torch.compile the model
@@ -81,9 +81,16 @@ def read_prompt(start):
     return start
 
 
+def encode(tokenizer, key, text):
+    try:
+        return tokenizer.encode(text)
+    except UserError as e:
+        raise UserError(f'{key}: {e}') from None
+
+
 def stop_token(text, tokenizer):
     """The id of the token that text is, None for no text."""
-    ids = tokenizer.encode(text)
+    ids = encode(tokenizer, 'stop', text)
     if len(ids) > 1:
         raise UserError(f'stop={text!r} is {len(ids)} tokens: give a text that is a single one, such as a line break')
     return ids[0] if ids else None
@@ -102,7 +109,7 @@ def main(model_type='gpt', **defaults):
     if config.compile and model.model_type == 'k_ahead':
         raise UserError('compile=True is not for a k-ahead model: leave it out')
     tokenizer = make_tokenizer(spec)
-    prompt = tokenizer.encode(read_prompt(config.start))
+    prompt = encode(tokenizer, 'start', read_prompt(config.start))
     stop = stop_token(config.stop, tokenizer)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
     if max(prompt) >= n_vocab:

@@ -196,3 +196,22 @@ def test_what_is_not_there_is_reported(tmp_path):
     for source in (tmp_path, tmp_path / 'x.pt'):
         with pytest.raises(UserError, match='there is no checkpoint'):
             ckpt.load_model(source)
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='needs limits on the size of files')
+def test_a_full_disk_costs_nothing_and_leaves_nothing(tmp_path):
+    """Simulated by a limit on the size of a file: one line from convert and export, and the old checkpoint stays."""
+    model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=1, n_head=2, n_embd=16))
+    ckpt.save_checkpoint(tmp_path / 'ckpt.pt', model, 'gpt2', {}, 1)
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    root = Path(ckpt.__file__).parent
+    for program, args in (('convert_mla.py', [f'--out_dir={tmp_path / "mla"}']), ('export_huggingface.py', [tmp_path / 'hf'])):
+        limited = 'import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); ' \
+                  'resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); sys.argv = sys.argv[1:]; ' \
+                  f'sys.path.insert(0, {str(root)!r}); runpy.run_path(sys.argv[0], run_name="__main__")'
+        done = subprocess.run([sys.executable, '-c', limited, root / program, tmp_path / 'ckpt.pt', *args],
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and done.stderr.startswith('error: '), done.stderr
+        assert done.stderr.count('\n') == 1 and 'cannot be written' in done.stderr
+    assert [p for p in tmp_path.rglob('*') if p.is_file()] == [tmp_path / 'ckpt.pt']
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before

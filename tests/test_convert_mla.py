@@ -9,6 +9,8 @@ import convert_mla
 import train_mla
 from checkpoint import load_model, read_checkpoint
 from convert_mla import Moments, activation_moments, convert, factor
+from dataset import open_data
+from evaluate import split_loss
 from model import GPT
 from model_mla import GPT_MLA
 from train import main as train_main
@@ -116,6 +118,8 @@ def test_program_reports_saves_and_training_goes_on(tiny_args, data_dir, tmp_pat
     assert f'weighted by the activations of {data_dir}' in out and [p.name for p in out_dir.iterdir()] == ['ckpt_mla.pt']
     before, after = (float(out.split(' nats before')[0].split()[-1]), float(out.split(' after')[0].split()[-1]))
     assert before == pytest.approx(after, abs=1e-4)
+    val = open_data(data_dir).val[:400]
+    assert before == pytest.approx(split_loss(load_model(source)[0], val), abs=1e-4)
     idx = torch.randint(14, (2, 16))
     converted, spec = load_model(out_dir)
     torch.testing.assert_close(converted(idx, idx)[0], load_model(source)[0](idx, idx)[0], atol=1e-4, rtol=0)
@@ -154,3 +158,18 @@ def test_bad_input_writes_nothing(tmp_path, data_dir, program):
         code, out, err = program(convert_mla.main, *args)
         assert code == 2 and words in err and err.count('\n') == 1, err
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_the_reported_errors_are_those_of_the_layers(tmp_path, program):
+    """Against the weights of both models, in float64, without calibration; the checkpoint may stand anywhere in the line."""
+    model = tiny_model(GPT, n_layer=2)
+    save(tmp_path / 'ckpt.pt', model)
+    code, out, err = program(convert_mla.main, '--n_latent=4', tmp_path / 'ckpt.pt', f'--out_dir={tmp_path / "mla"}', '--device=cpu')
+    assert code == 0, err
+    mla = load_model(tmp_path / 'mla')[0]
+    for i, (ours, theirs) in enumerate(zip(mla.transformer.h, model.transformer.h)):
+        W = theirs.attn.c_attn.weight.double()[16:]
+        DE = torch.cat((ours.attn.key.weight, ours.attn.value.weight)).double() @ ours.attn.latent_enc.weight.double()
+        wanted = [((W - DE)[part].norm() / W[part].norm()).item() for part in (slice(0, 16), slice(16, None), slice(None))]
+        row = next(line for line in out.splitlines() if line.split()[:1] == [str(i)])
+        assert [float(x) for x in row.split()[1:]] == pytest.approx(wanted, abs=6e-5) and min(wanted) > 0.1

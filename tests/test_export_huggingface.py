@@ -58,3 +58,13 @@ def test_bad_input_writes_nothing(tmp_path, program):
         code, out, err = program(export_huggingface.main, *args)
         assert code == 2 and words in err and err.count('\n') == 1 and out == ''
     assert sorted(tmp_path.rglob('*')) == before and (tmp_path / 'full' / 'model.safetensors').read_text() == 'mine'
+
+
+def test_what_lies_beside_the_folder_stays(tmp_path, program):
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT))
+    (tmp_path / 'hf.partial').mkdir()
+    (tmp_path / 'hf.partial' / 'precious').write_text('x')
+    code, _, err = program(export_huggingface.main, tmp_path / 'ckpt.pt', tmp_path / 'hf')
+    assert code == 0, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt', 'hf', 'hf.partial']
+    assert (tmp_path / 'hf.partial' / 'precious').read_text() == 'x'

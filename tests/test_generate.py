@@ -149,6 +149,16 @@ def test_top_p_is_that_of_transformers():
             assert torch.equal(Rule(30, 1.0, None, top_p, None).choose(logits), ids)
 
 
+def test_top_k_1_is_greedy_where_logits_tie():
+    for settings in (dict(temperature=0), dict(top_k=1)):
+        model = FixedLogits([1.0, 2.0, 2.0, 2.0])
+        assert set(generate(model, torch.zeros(300, 1, dtype=torch.long), 1, 4, **settings)[:, 1].tolist()) == {1}
+
+
+def test_the_smallest_top_p_keeps_the_likeliest():
+    assert frequencies(4, top_p=1e-300)[1] == 1
+
+
 def test_half_precision_does_not_overflow_at_a_low_temperature():
     model = FixedLogits([-90.0, -80.0, -100.0]).half()
     model.logits = model.logits.half()
