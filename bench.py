@@ -321,7 +321,7 @@ def k_ahead(argv):
         torch.manual_seed(config.seed)
         t0 = time.perf_counter()
         out = generate(model, idx, config.new_tokens, n_vocab, temperature=config.temperature, past_context=config.past_context,
-                       speculative=speculative, tally=tally)
+                       speculative=speculative, tally=tally if speculative else None)
         if device_type == 'cuda':
             torch.cuda.synchronize()
         return out, time.perf_counter() - t0

@@ -122,9 +122,9 @@ def speculate(model, window, n_new, rule, tally):
         ahead = model.unembed(torch.stack(states[1:], dim=1)[torch.arange(len(rows), device=new.device), :, n_right])
 
         for b, right, tokens, last in zip(rows, n_right.tolist(), guesses.tolist(), new.tolist()):
-            gained = (tokens[:right] + [last])[:n_new - len(drawn[b])]
-            drawn[b] += gained
-            tally.gained.append(len(gained))
+            # what stands counts even where fewer tokens were wanted, but not past the context, where guesses are void
+            tally.gained.append(min(right + 1, model.config.block_size + 1 - T - len(drawn[b])))
+            drawn[b] += (tokens[:right] + [last])[:n_new - len(drawn[b])]
         for i in range(n_yielded, min(map(len, drawn))):
             yield torch.tensor([tokens[i] for tokens in drawn], device=new.device)
             n_yielded = i + 1
