@@ -103,7 +103,7 @@ class Cache:
             end = self.n + T
             for tensor, new in zip(self.tensors, rows):
                 tensor[..., self.n:end, :] = new
-            mask = None if T in (1, end) else causal_mask(T, end, rows[0].device)
+            mask = None if T in (1, end) else causal_mask(T, end, rows[0].dtype, rows[0].device)
         else:
             at = self.n[:, None] + torch.arange(T, device=self.n.device)  # (B, T)
             end = int(self.n.max()) + T
@@ -125,9 +125,10 @@ def split_heads(x, n_head):
 
 
 @lru_cache(maxsize=8)  # all layers want the same
-def causal_mask(T, S, device):
-    """Which of S tokens the last T of them may look at, (T, S). The kernel's own is_causal would take them for the first T."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+def causal_mask(T, S, dtype, device):
+    """What keeps the last T of S tokens from looking at later ones: 0 or -inf (T, S), which is added to the scores. The kernel's
+    own is_causal would take them for the first T, and of True and False it would make the same anew for every layer."""
+    return torch.full((T, S), -math.inf, dtype=dtype, device=device).triu(S - T + 1)
 
 
 def attend(q, k, v, mask=None, dropout_p=0.0):

@@ -137,7 +137,7 @@ def test_absorbed_attention_is_the_naive_one_in_float64():
                     query = q[b, 4 - T + t, 8 * h:8 * h + 8]
                     weights = torch.softmax(k[b, h, :seen] @ query / math.sqrt(8), 0)
                     wanted[b, t, 8 * h:8 * h + 8] = weights @ v[b, h, :seen]
-        torch.testing.assert_close(attn.attend_absorbed(q[:, 4 - T:], c, causal_mask(T, 11, "cpu")), wanted, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(attn.attend_absorbed(q[:, 4 - T:], c, causal_mask(T, 11, torch.float64, "cpu")), wanted, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize('n_in, n_out', [(300, 512), (128, 1009), (64, 3 * 569)])  # the last two: a prime, and 3 times one
