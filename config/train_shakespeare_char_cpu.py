@@ -1,5 +1,5 @@
 # train_shakespeare_char.py in the size of `make quick`, for a laptop's CPU, but for 5,000 iterations: 3 to 6 minutes.
-# For all three trainers: python train_k_ahead.py config/train_shakespeare_char_cpu.py --positions=greedy
+# For all three trainers: python train_k_ahead.py config/train_shakespeare_char_cpu.py --head=linear --positions=greedy
 
 from pathlib import Path
 
