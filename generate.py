@@ -92,8 +92,8 @@ def one_by_one(model, window, n_new, rule, tally):
 
 def speculate(model, window, n_new, rule, tally):
     """one_by_one for a GPT_KAhead: tokens of the same distribution, and at a temperature of 0 the same tokens but for ties
-    within rounding, in fewer passes (Leviathan et al. 2023, "Fast Inference from Transformers
-    via Speculative Decoding", with the model's own heads as the draft, as in Gloeckle et al. 2024).
+    within rounding, in fewer passes (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", with
+    the model's own heads as the draft, as in Gloeckle et al. 2024).
 
     A pass reads the newest token and the k - 1 guesses that the further heads made for what follows it. Its first head then
     says of each guess whether it stands, and gives the token after the last that does. The cache forgets the others. Each

@@ -87,8 +87,8 @@ class GPT_KAhead(GPT_MLA):
 
     @classmethod
     def from_gpt(cls, gpt, **settings):
-        """A GPT_KAhead whose trunk and head 0 have the weights of a GPT or GPT_MLA; settings are k_ahead, head and
-        loss_weights. Heads that the GPT lacks start at random."""
+        """A GPT_KAhead whose trunk and head 0 have the weights of a GPT or GPT_MLA; settings are k_ahead, head,
+        positions and loss_weights. Heads that the GPT lacks start at random."""
         attention = 'mla' if isinstance(gpt, GPT_MLA) else 'mha'
         model = cls(KAheadConfig(**asdict(gpt.config), attention=attention, **settings)).to(gpt.lm_head.weight)
         model.load_state_dict(gpt.state_dict(), strict=False)
