@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import describe, find_checkpoint, load_model, read_checkpoint
-from configurator import UserError, build, configure, run
+from checkpoint import dataset_of, describe, load_model
+from configurator import UserError, build, check_least, configure, run
 from dataset import open_data
 from device import autocast, pick_device, pick_dtype
 from export_huggingface import to_hugging_face
@@ -91,12 +91,6 @@ class KAheadDecodeConfig:
     def __post_init__(self):
         check_least(self, prompts=1, prompt_tokens=1, new_tokens=2, batch_size=1, temperature=0, seed=0)
         check_temperature(self.temperature)
-
-
-def check_least(config, **at_least):
-    for key, least in at_least.items():
-        if getattr(config, key) < least:
-            raise ValueError(f'{key}={getattr(config, key)} must be at least {least}')
 
 
 def describe_machine(device_type):
@@ -304,8 +298,7 @@ def k_ahead(argv):
     if getattr(model.config, 'k_ahead', 1) < 2:
         raise UserError(f'out_dir={config.out_dir} holds a {type(model).__name__} of one head, which guesses nothing: train one '
                         'with train_k_ahead.py')
-    dataset = config.dataset or (read_checkpoint(find_checkpoint(config.out_dir, 'k_ahead'), mmap=True).get('config')
-                                 or {}).get('dataset', '')
+    dataset = config.dataset or dataset_of(config.out_dir, 'k_ahead')
     if not dataset:
         raise UserError(f'the checkpoint in out_dir={config.out_dir} does not name the data of its training: give --dataset=NAME')
     data = open_data(dataset)

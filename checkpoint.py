@@ -28,7 +28,8 @@ def checkpoint_path(out_dir, model_type):
 
 def save_checkpoint(path, model, tokenizer, config, iter_num, **state):
     """Write a model and the state of its run: config is a dictionary of settings, state what else to remember, such as
-    the optimizer's. The file at path is either the old one or the new one, never half of it. Raises OSError where it cannot be written."""
+    the optimizer's. The file at path is either the old one or the new one, never half of it. Raises OSError where
+    it cannot be written."""
     added = {'gelu': GPTConfig.gelu}  # nanoGPT has no such key, so it is written only where it says something
     checkpoint = {
         'model': model.state_dict(),
@@ -134,6 +135,11 @@ def find_checkpoint(source, model_type=None):
     if len(found) > 1 and wanted not in found:
         raise UserError(f"{path} has several checkpoints: give one of {', '.join(map(str, found))}")
     return found[0] if len(found) == 1 else wanted
+
+
+def dataset_of(source, model_type=None):
+    """The dataset that the checkpoint at source, as load_model finds it, was trained on; '' where it does not say."""
+    return (read_checkpoint(find_checkpoint(source, model_type), mmap=True).get('config') or {}).get('dataset', '')
 
 
 def load_model(source, device='cpu', model_type=None, dtype=torch.float32):

@@ -52,6 +52,13 @@ def build(cls, settings):
         raise UserError(e) from None
 
 
+def check_least(config, **at_least):
+    """Raise ValueError for a key of config whose value is below the least that at_least has for it."""
+    for key, least in at_least.items():
+        if getattr(config, key) < least:
+            raise ValueError(f'{key}={getattr(config, key)} must be at least {least}')
+
+
 def configure(argv, config_class, model_config_class=None, **defaults):
     """Read a command line (without the program's name) into a config_class and, beside it, a dictionary of those keys
     of model_config_class that were given: a trainer that resumes must know what was asked for and what is a default.

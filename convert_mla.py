@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import (checkpoint_path, describe, find_checkpoint, is_hugging_face, load_model, read_checkpoint,
-                        save_checkpoint)
-from configurator import UserError, configure, run
+from checkpoint import checkpoint_path, dataset_of, describe, is_hugging_face, load_model, save_checkpoint
+from configurator import UserError, check_least, configure, run
 from dataset import draw_batch, open_data
 from device import pick_device
 from evaluate import split_loss
@@ -37,9 +36,7 @@ class ConvertConfig:
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
 
     def __post_init__(self):
-        for key, least in dict(calibration_tokens=0, val_tokens=2, seed=0).items():
-            if getattr(self, key) < least:
-                raise ValueError(f'{key}={getattr(self, key)} must be at least {least}')
+        check_least(self, calibration_tokens=0, val_tokens=2, seed=0)
         if self.n_latent is not None and self.n_latent < 1:
             raise ValueError(f'n_latent={self.n_latent} must be at least 1')
         if not self.out_dir:
@@ -136,7 +133,7 @@ def open_text(config, source, model, spec):
     is not on this disk."""
     dataset = config.dataset
     if not dataset and not is_hugging_face(source):
-        dataset = (read_checkpoint(find_checkpoint(source), mmap=True).get('config') or {}).get('dataset', '')
+        dataset = dataset_of(source)
     try:
         data = open_data(dataset)
         data.check(model.config.block_size, model.config.vocab_size)

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import GPT2_NAMES, describe, is_hugging_face, load_model
-from configurator import UserError, configure, run
+from configurator import UserError, check_least, configure, run
 from data.tokenizer import make_tokenizer
 from device import pick_device, pick_dtype
 from generate import Tally, decode
@@ -49,10 +49,7 @@ class SampleConfig:
     compile: bool = False  # torch.compile the model
 
     def __post_init__(self):
-        at_least = dict(num_samples=1, batch_size=1, max_new_tokens=0, temperature=0, top_k=1, seed=0)
-        for key, least in at_least.items():
-            if getattr(self, key) < least:
-                raise ValueError(f'{key}={getattr(self, key)} must be at least {least}')
+        check_least(self, num_samples=1, batch_size=1, max_new_tokens=0, temperature=0, top_k=1, seed=0)
         check_temperature(self.temperature)
         if not 0 < self.top_p <= 1:
             raise ValueError(f'top_p={self.top_p} must be above 0 and at most 1')

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import (GPT2_NAMES, build_model, checkpoint_path, checkpoint_tokenizer, describe, from_pretrained,
                         is_hugging_face, read_checkpoint, save_checkpoint)
-from configurator import UserError, build, configure, run
+from configurator import UserError, build, check_least, configure, run
 from dataset import SPLITS, check_ids, draw_batch, open_data
 from device import autocast, pick_device, pick_dtype
 from model import GPT
@@ -66,12 +66,9 @@ class TrainConfig:
     seed: int = 1337  # decides weights, data order and dropout
 
     def __post_init__(self):
-        at_least = dict(eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1,
-                        max_iters=0, learning_rate=0, min_lr=0, weight_decay=0, grad_clip=0, warmup_iters=0,
-                        lr_decay_iters=0, seed=0)
-        for key, least in at_least.items():
-            if getattr(self, key) < least:
-                raise ValueError(f'{key}={getattr(self, key)} must be at least {least}')
+        check_least(self, eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1,
+                    max_iters=0, learning_rate=0, min_lr=0, weight_decay=0, grad_clip=0, warmup_iters=0, lr_decay_iters=0,
+                    seed=0)
         for key in ('out_dir', 'dataset'):
             if not getattr(self, key):
                 raise ValueError(f'{key} is empty: give a folder')
