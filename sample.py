@@ -65,17 +65,18 @@ def check_temperature(temperature):
         raise ValueError(f'temperature={temperature} must be 0 or at least 0.001')
 
 
-def read_prompt(start):
+def read_prompt(key, text):
+    """The text that was given for key: itself, what is in a file (FILE:path), or what comes in (-). Raises UserError."""
     try:
-        if start == '-':
-            start = sys.stdin.buffer.read().decode('utf-8')
-        elif start.startswith('FILE:'):
-            start = Path(start[5:]).read_text(encoding='utf-8')
+        if text == '-':
+            text = sys.stdin.buffer.read().decode('utf-8')
+        elif text.startswith('FILE:'):
+            text = Path(text[5:]).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'start={start} cannot be read: {e}') from None
-    if not start:
-        raise UserError("start is empty: give at least one character, or leave start out for a line break")
-    return start
+        raise UserError(f'{key}={text} cannot be read: {e}') from None
+    if not text:
+        raise UserError(f'{key} is empty: give at least one character, or leave {key} out')
+    return text
 
 
 def encode(tokenizer, key, text):
@@ -106,7 +107,7 @@ def main(model_type='gpt', **defaults):
     if config.compile and model.model_type == 'k_ahead':
         raise UserError('compile=True is not for a k-ahead model: leave it out')
     tokenizer = make_tokenizer(spec)
-    prompt = encode(tokenizer, 'start', read_prompt(config.start))
+    prompt = encode(tokenizer, 'start', read_prompt('start', config.start))
     stop = stop_token(config.stop, tokenizer)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
     if max(prompt) >= n_vocab:

@@ -1,0 +1,133 @@
+"""
+Which heads matter: the loss with each head's output put to zero, or to its mean over the text.
+
+    loss               mean next-token cross-entropy in nats
+    in-context loss    loss at token 500 less that at token 50 of a context of 512 (Olsson et al. 2022, "in-context learning
+                       score"), scaled to the model's context: how much reading more helps, below 0 where it does
+
+A mean is taken position by position over all windows, so that what a head writes always (for instance of the position) stays.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from analysis.plots import Panel, draw_panels, symmetric
+from analysis.program import AnalysisConfig, main, progress, top_heads
+from analysis.record import go_on, last, record
+from configurator import UserError, check_least, run
+
+METHODS = ('zero', 'mean')
+
+
+@dataclass
+class Config(AnalysisConfig):
+    text: str = ''  # FILE:book.txt or a dataset; '': the val split that the checkpoint names
+    max_tokens: int = 8192  # of the text, in windows of the context's length
+    top: int = 8  # heads in the table
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, max_tokens=2, top=1)
+
+
+@dataclass
+class Ablation:
+    loss: float  # of the whole model, nats
+    in_context: float  # its in-context loss
+    zero_loss: np.ndarray  # (n_layer, n_head) how much the loss rises without the head
+    mean_loss: np.ndarray  # with the head at its mean
+    zero_in_context: np.ndarray  # how much the in-context loss changes: above 0, the head helps to use the context
+    mean_in_context: np.ndarray
+    positions: tuple  # of the early and the late token, from 0
+    in_context_error: float  # standard error of in_context over the windows
+    n_windows: int
+    top: int
+
+
+def in_context_positions(T):
+    """Where tokens 50 and 500 of 512 lie in a context of T, as positions counted from 0. Raises UserError where that is no
+    two places."""
+    early, late = 50 * T // 512 - 1, 500 * T // 512 - 1
+    if not 0 <= early < late:
+        raise UserError(f'block_size={T} is too short for an in-context loss: take a model with a longer context')
+    return early, late
+
+
+@torch.no_grad()
+def token_losses(model, x, targets):
+    """Cross-entropy in nats at each token (B, T), for the last residual stream x (B, T, n_embd)."""
+    return F.cross_entropy(model.unembed(x).transpose(1, 2), targets, reduction='none')
+
+
+def mean_outputs(model, windows):
+    """What each head gives on average over windows, tensors (B, T): for each layer (n_head, T, head_dim)."""
+    totals, count = [0.0] * model.config.n_layer, 0
+    for idx in windows:
+        for block in record(model, idx):
+            totals[block.layer] = totals[block.layer] + block.z.sum(0)
+        count += len(idx)
+    return [total / count for total in totals]
+
+
+def analyse(subject, config):
+    model = subject.model
+    c = model.config
+    T = min(c.block_size, config.max_tokens)
+    early, late = in_context_positions(T)
+    windows = subject.windows(config.text, config.max_tokens, T)
+    n_windows = sum(len(idx) for idx in windows)
+    means = mean_outputs(model, [idx[:, :-1] for idx in windows])
+    totals = np.zeros((len(METHODS), c.n_layer, c.n_head, 3))  # loss, early and late, summed over windows
+    whole, differences = np.zeros(3), []
+
+    def measure(x, targets):
+        losses = token_losses(model, x, targets).double()
+        return np.array([losses.mean(1).sum().item(), losses[:, early].sum().item(), losses[:, late].sum().item()]), losses
+    steps = progress([(idx, layer, head) for idx in windows for layer in range(c.n_layer) for head in range(c.n_head)], 'ablation')
+    for idx, layer, head in steps:
+        tokens, targets = idx[:, :-1], idx[:, 1:]
+        if layer == head == 0:
+            entering = [block.before for block in record(model, tokens)]
+            sums, losses = measure(last(go_on(model, entering[-1], c.n_layer - 1)), targets)
+            whole += sums
+            differences += (losses[:, late] - losses[:, early]).tolist()
+        for number, method in enumerate(METHODS):
+            def edit(at, z):
+                if at == layer:
+                    z = z.clone()
+                    z[:, head] = 0 if method == 'zero' else means[layer][head]
+                return z
+            totals[number, layer, head] += measure(last(go_on(model, entering[layer], layer, edit)), targets)[0]
+    whole, totals = whole / n_windows, totals / n_windows
+    rise = totals - whole
+    error = np.std(differences, ddof=1) / n_windows ** 0.5 if n_windows > 1 else np.nan
+    return Ablation(whole[0], whole[2] - whole[1], *rise[..., 0], *(rise[..., 2] - rise[..., 1]), positions=(early, late),
+                    in_context_error=float(error), n_windows=n_windows, top=config.top)
+
+
+def table(result):
+    lines = [f'loss {result.loss:.4f} nats, in-context loss {result.in_context:+.3f} +- {result.in_context_error:.3f} '
+             f'(token {result.positions[1] + 1} less token {result.positions[0] + 1}, {result.n_windows} windows)', '',
+             f'{"head":>6}{"loss, zero":>13}{"loss, mean":>13}{"in-context, zero":>19}{"in-context, mean":>19}     change in nats']
+    for place in top_heads(result.mean_loss, result.top):
+        lines.append(f'{f"{place[0]}.{place[1]}":>6}{result.zero_loss[place]:>+13.4f}{result.mean_loss[place]:>+13.4f}'
+                     f'{result.zero_in_context[place]:>+19.4f}{result.mean_in_context[place]:>+19.4f}')
+    return '\n'.join(lines)
+
+
+def plot(results):
+    titles = {'zero_loss': 'loss without the head', 'mean_loss': 'loss with the head at its mean',
+              'zero_in_context': 'in-context loss without the head', 'mean_in_context': 'in-context loss, head at its mean'}
+    panels = []
+    for fields in (('zero_loss', 'mean_loss'), ('zero_in_context', 'mean_in_context')):
+        maps = {field: {name: getattr(result, field) for name, result in results.items()} for field in fields}
+        end = max(symmetric(one) for one in maps.values())
+        panels += [Panel(titles[field], maps[field], 'change in nats', -end, end, 'RdBu_r') for field in fields]
+    return draw_panels('Which heads matter: change against the whole model', panels)
+
+
+if __name__ == '__main__':
+    run(lambda: main('ablation', Config, analyse, table, plot))

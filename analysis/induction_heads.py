@@ -1,0 +1,77 @@
+"""
+Which heads do induction: attend from a token to what followed its last occurrence.
+
+The prefix-matching score of a head (Olsson et al. 2022, "In-context Learning and Induction Heads", section "Argument 4")
+is its mean attention, over the second copy of repeated random tokens, to the token after the same token's first occurrence.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.plots import Panel, draw_panels
+from analysis.program import AnalysisConfig, main, progress, top_heads
+from analysis.record import record, repeated_tokens
+from configurator import UserError, check_least, run
+
+
+@dataclass
+class Config(AnalysisConfig):
+    sequences: int = 50  # random sequences
+    length: int = 50  # tokens in a copy, of two; at most half of the context
+    threshold: float = 0.4  # the table has the heads that score above
+    batch_size: int = 8  # sequences side by side
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, sequences=1, length=2, batch_size=1)
+
+
+@dataclass
+class Induction:
+    scores: np.ndarray  # (n_layer, n_head) mean prefix-matching score, 0 to 1
+    spread: np.ndarray  # (n_layer, n_head) standard deviation over sequences
+    length: int  # tokens in a copy
+    threshold: float
+
+
+def copy_length(model, length):
+    """length, or half of the context where that is less. Raises UserError where no two copies fit."""
+    if model.config.block_size < 4:
+        raise UserError(f'block_size={model.config.block_size} has no room for two copies of two tokens: take a model with 4 '
+                        'or more')
+    return min(length, model.config.block_size // 2)
+
+
+def analyse(subject, config):
+    model = subject.model
+    n = copy_length(model, config.length)
+    idx = repeated_tokens(subject.n_vocab, config.sequences, n, config.seed).to(subject.device)
+    scores = np.zeros((len(idx), model.config.n_layer, model.config.n_head))
+    for start in progress(range(0, len(idx), config.batch_size), 'induction'):
+        for block in record(model, idx[start:start + config.batch_size]):
+            # from position n + i of the second copy to i + 1, which followed the same token
+            matches = block.pattern().diagonal(1 - n, -2, -1)[..., 1:]  # (B, n_head, n)
+            scores[start:start + config.batch_size, block.layer] = matches.mean(-1).cpu()
+    return Induction(scores.mean(0), scores.std(0), n, config.threshold)
+
+
+def table(result):
+    above = top_heads(result.scores, threshold=result.threshold)
+    if not above:
+        best = top_heads(result.scores, 1)[0]
+        return (f'no head scores above {result.threshold:g}; the highest is {result.scores[best]:.3f} '
+                f'(head {best[0]}.{best[1]}), 2 x {result.length} tokens')
+    lines = [f'{"head":>6}{"prefix matching":>18}{"spread":>9}      2 x {result.length} tokens, above {result.threshold:g}']
+    lines += [f'{f"{layer}.{head}":>6}{result.scores[layer, head]:>18.3f}{result.spread[layer, head]:>9.3f}'
+              for layer, head in above]
+    return '\n'.join(lines)
+
+
+def plot(results):
+    return draw_panels('Induction heads: attention to what followed the same token before', [
+        Panel('prefix-matching score', {name: result.scores for name, result in results.items()}, 'mean attention', 0, 1)])
+
+
+if __name__ == '__main__':
+    run(lambda: main('induction_heads', Config, analyse, table, plot))

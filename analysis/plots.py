@@ -1,0 +1,86 @@
+"""Pictures that several analyses draw: maps of numbers, models side by side on one scale."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+@dataclass
+class Panel:
+    """One row of a picture: a number for every cell, of every model."""
+    title: str
+    maps: dict  # name of the model -> array (rows, columns); nan is left grey
+    unit: str  # of the colour bar
+    low: float | None = None  # ends of the colour scale; None: those of all the maps together
+    high: float | None = None
+    colors: str = 'viridis'
+    rows: str = 'layer'
+    columns: str = 'head'
+    digits: int | None = 2  # of the numbers written into the cells of a small map; None: none
+    names: dict | None = None  # name of the model -> what each row and column is called, for square maps
+
+
+def name_cells(ax, names):
+    """What the rows and columns of a square map are called, as many as can be read."""
+    step = -(-len(names) // 24)
+    ax.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
+    ax.set_yticks(range(0, len(names), step), names[::step], fontsize=7)
+
+
+def draw_map(ax, values, panel, low, high, small):
+    image = ax.imshow(values, vmin=low, vmax=high, cmap=panel.colors, aspect='auto', interpolation='nearest')
+    ax.set_facecolor('#dddddd')
+    ax.set_xlabel(panel.columns)
+    ax.set_ylabel(panel.rows)
+    if panel.digits is None or not small:
+        return image
+    ax.set_xticks(range(values.shape[1]))
+    ax.set_yticks(range(values.shape[0]))
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+            ax.text(j, i, f'{value:.{panel.digits}f}', ha='center', va='center', fontsize=7, color='white' if dark else 'black')
+    return image
+
+
+def draw_panels(title, panels):
+    """A Figure of Panels, in each of which the models stand side by side on one colour scale."""
+    names = list(panels[0].maps)
+    rows = max(len(values) for panel in panels for values in panel.maps.values())
+    height = 1.1 + 0.24 * min(max(rows, 4), 12)
+    side_by_side = min(len(panels), 3 if len(names) == 1 else 2 if len(panels) > 3 else 1)
+    n_rows = -(-len(panels) // side_by_side)
+    figure = Figure(figsize=(side_by_side * (1.1 + 3.5 * len(names)), 0.5 + height * n_rows), layout='constrained')
+    figure.suptitle(title, fontsize=12)
+    boxes = figure.subfigures(n_rows, side_by_side, squeeze=False)
+    for box, panel in zip(boxes.flat, panels):
+        draw_panel(box, panel)
+    return figure
+
+
+def draw_panel(box, panel):
+    numbers = np.concatenate([np.ravel(values) for values in panel.maps.values()]).astype(float)
+    numbers = numbers[np.isfinite(numbers)] if np.isfinite(numbers).any() else np.zeros(1)
+    low = numbers.min() if panel.low is None else panel.low
+    high = numbers.max() if panel.high is None else panel.high
+    axes = box.subplots(1, len(panel.maps), squeeze=False)[0]
+    for ax, (name, values) in zip(axes, panel.maps.items()):
+        values = np.asarray(values, dtype=float)
+        image = draw_map(ax, values, panel, low, high, small=values.shape[0] <= 13 and values.shape[1] <= 13)
+        if panel.names:
+            name_cells(ax, panel.names[name])
+        ax.set_title(f'{panel.title}\n{name}' if len(panel.maps) > 1 else panel.title, fontsize=9)
+    box.colorbar(image, ax=list(axes), label=panel.unit, pad=0.01)
+
+
+def symmetric(maps, at_least=1e-12):
+    """The end of a colour scale around zero that fits all the maps."""
+    return max(at_least, *(float(np.nanmax(np.abs(values))) for values in maps.values()))
+
+
+def token_labels(tokenizer, ids):
+    """What the tokens say, with their white space visible. To draw them, set parse_math=False: a $ is a $."""
+    marks = str.maketrans({'\n': '↵', ' ': '␣', '\t': '⇥'})
+    return [tokenizer.decode([i]).translate(marks) for i in ids]

@@ -1,0 +1,164 @@
+"""
+What every analysis does beside its question: read the settings, load the model, show a table, save picture and numbers.
+
+An analysis is a module with a docstring, a Config, and three functions:
+
+    analyse(subject, config)     the numbers, a dataclass of arrays
+    table(result)                the short answer as text
+    plot(results)                a matplotlib Figure of one or more results by the names of their models, on one scale
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import dataset_of, describe, is_hugging_face, load_model
+from configurator import UserError, check_least, configure
+from data.tokenizer import make_tokenizer
+from dataset import open_data
+from device import pick_device
+from sample import encode, read_prompt
+
+
+@dataclass
+class AnalysisConfig:
+    model: str = ''  # a checkpoint, an out_dir, the directory of a Hugging Face GPT-2, or a name such as gpt2
+    out_dir: str = 'out_analysis'  # where picture and numbers go
+    seed: int = 1337  # of all that is drawn at random
+    device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+
+    def __post_init__(self):
+        check_least(self, seed=0)
+        if not self.out_dir:
+            raise ValueError('out_dir is empty: give a folder')
+
+
+@dataclass
+class Subject:
+    """A model under the knife."""
+    model: torch.nn.Module
+    spec: str | list  # what tokenizes its text
+    source: str
+
+    @property
+    def name(self):
+        """For pictures: the end of the source."""
+        return '/'.join(Path(self.source).parts[-2:])
+
+    @cached_property
+    def tokenizer(self):
+        return make_tokenizer(self.spec)
+
+    @property
+    def n_vocab(self):
+        """The tokens that mean something; vocab_size may be padded beyond them."""
+        return min(self.model.config.vocab_size, self.tokenizer.n_vocab)
+
+    @property
+    def device(self):
+        return self.model.lm_head.weight.device
+
+    def tokens(self, key, text):
+        """The ids of the text that was given for key, as read_prompt takes it, a list. Raises UserError."""
+        return encode(self.tokenizer, key, read_prompt(key, text))
+
+    def windows(self, text, max_tokens, length, batch_size=8):
+        """The first windows of length + 1 tokens of a text, up to max_tokens together but at least one, in batches
+        (B, length + 1). text is '' for the val split that the checkpoint names, FILE:path, or a dataset. Raises UserError
+        where there is none or it is too short."""
+        ids = text_tokens(self, text)
+        span = length + 1
+        if len(ids) < span:
+            raise UserError(f'text={text!r} has {len(ids):,} tokens, and {span:,} are needed: give a longer one')
+        count = min(max(1, max_tokens // length), len(ids) // span)
+        ids = torch.from_numpy(np.array(ids[:count * span], dtype=np.int64)).view(count, span)
+        return ids.to(self.device).split(batch_size)
+
+
+def text_tokens(subject, text):
+    """The ids of a text as Subject.windows takes it."""
+    if text.startswith('FILE:'):
+        return subject.tokens('text', text)
+    name = text or ('' if is_hugging_face(subject.source) else dataset_of(subject.source))
+    if not name:
+        raise UserError(f'text is empty, and {subject.source} names no dataset of its own: give --text=FILE:book.txt or a '
+                        'dataset')
+    data = open_data(name)
+    data.check(1, subject.model.config.vocab_size)
+    if data.tokenizer != subject.spec:
+        raise UserError(f'text={name} has another vocabulary than the model: give the data that it was trained on, or '
+                        '--text=FILE:book.txt')
+    return data.val
+
+
+def load_subject(source, device, key='model'):
+    """The Subject at source, whose weights are float32. Raises UserError."""
+    if not source:
+        raise UserError(f'{key} is empty: give --{key}=CHECKPOINT, an out_dir, a Hugging Face directory, or gpt2')
+    model, spec = load_model(source, device)
+    return Subject(model, spec, source)
+
+
+def progress(items, what):
+    return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
+
+
+def main(name, Config, analyse, table, plot):
+    """The program of one analysis."""
+    config, _ = configure(sys.argv[1:], Config)
+    device, _ = pick_device(config.device)
+    subject = load_subject(config.model, device)
+    print(describe(subject.model))
+    out_dir = make_folder(config.out_dir)
+    result = analyse(subject, config)
+    print(f'\n{table(result)}\n')
+    save(name, as_json(result), plot({subject.name: result}), config, out_dir)
+    print(f'saved {out_dir / name}.png and {name}.json')
+
+
+def make_folder(out_dir):
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'out_dir={out_dir} cannot be made ({e.strerror}): give another') from None
+    return Path(out_dir)
+
+
+def save(name, numbers, figure, config, out_dir):
+    """Write the picture and the numbers, a dictionary, with the settings that led to them. Raises UserError."""
+    try:
+        figure.savefig(out_dir / f'{name}.png', dpi=110)
+        text = json.dumps({'settings': dataclasses.asdict(config), **numbers}, allow_nan=False)
+        (out_dir / f'{name}.json').write_text(text + '\n')
+    except OSError as e:
+        raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror or e}): give another') from None
+
+
+def as_json(value):
+    """A result as plain lists and numbers of six digits; what is not finite is null."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return as_json(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(f'{value:.6g}') if math.isfinite(value) else None
+    return value
+
+
+def top_heads(scores, count=None, threshold=None):
+    """(layer, head) of the highest scores (n_layer, n_head), highest first; above threshold, if there is one."""
+    order = np.argsort(-scores, axis=None, kind='stable')[:count]
+    pairs = [tuple(map(int, np.unravel_index(place, scores.shape))) for place in order]
+    return [pair for pair in pairs if threshold is None or scores[pair] > threshold]

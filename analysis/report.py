@@ -1,0 +1,126 @@
+"""
+Everything about two models, an MHA and an MLA one, side by side: report.html, which needs no other file.
+
+    python -m analysis.report --model=out_shakespeare_quick/ckpt.pt --other=out_shakespeare_quick/ckpt_mla.pt
+"""
+
+import base64
+import html
+import sys
+from dataclasses import dataclass, fields
+from importlib import import_module
+
+from analysis.program import AnalysisConfig, as_json, load_subject, make_folder, progress, save
+from checkpoint import describe
+from configurator import UserError, configure, run
+from device import pick_device
+
+PARTS = {
+    'induction_heads': 'The prefix-matching score is the mean attention, over the second copy of repeated random tokens, to the '
+                       'token that followed the same token in the first copy: 1 is a perfect induction head.',
+    'attention_patterns': 'Mean attention to the previous, the current and the first token and to the last occurrence of the same '
+                          'one, and the entropy of attention as a share of that of even attention, over repeated random tokens.',
+    'copying': 'Eigenvalues of the full OV circuit (1: reading a token raises its own logit, -1: lowers it), and how often a head '
+               'alone puts a token that it reads among the five likeliest, or the five unlikeliest.',
+    'composition': 'How much of what a head writes is read by the query, key and value side of each later head, less what random '
+                   'matrices of the same shape give.',
+    'ioi': 'After "When Mary and John walked to the store, John gave a drink to": logit of Mary less that of John, what each head '
+           'adds to it directly, and how much of it comes back when one head is patched into a prompt with other names.',
+    'subspaces': 'Overlap (mean squared cosine of the principal angles) of the spaces that heads write to and read their keys and '
+                 'values from: 1 is the same space.',
+    'latent_directions': 'Directions of the residual stream in the order in which attention reacts to them through the latent, and '
+                         'the part that keys have in each direction of the latent: 1 is used by keys alone, 0 by values alone.',
+    'spectrum': 'Singular values of W_Q W_K^T and W_V W_O of every head, in the weights and over a text; effective rank; and how '
+                'many lie beyond the edge of noise.',
+    'ablation': 'How much the loss, and the difference between the loss late and early in the context, change with each head at '
+                'zero or at its mean.',
+    'similarity': 'CKA of the residual streams of the two models on the same text, after the embedding (0) and each block, and of '
+                  'what their heads write: 1 is the same up to rotation and scale.',
+}
+LABELS = {'gpt': 'MHA', 'mla': 'MLA', 'k_ahead': 'k ahead'}
+PAGE = '''<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>MHA and MLA taken apart</title><style>
+body {{ font-family: sans-serif; max-width: 1500px; margin: 2em auto; padding: 0 1em; line-height: 1.45; }}
+pre {{ background: #f5f5f5; padding: 0.8em; overflow-x: auto; font-size: 0.8em; flex: 1 1 30em; margin: 0.3em; }}
+.tables {{ display: flex; flex-wrap: wrap; }} img {{ max-width: 100%; }} .left-out {{ color: #a04000; }}
+</style></head><body>
+{body}
+</body></html>
+'''
+
+
+@dataclass
+class Config(AnalysisConfig):
+    model: str = ''  # the MHA model: a checkpoint, an out_dir, a Hugging Face directory, or gpt2
+    other: str = ''  # the MLA model, or another one
+    out_dir: str = 'out_report'  # where report.html goes, and picture and numbers of each part
+    text: str = ''  # for the parts that read one: FILE:book.txt or a dataset; '': the val split that each checkpoint names
+
+
+def settings(module, config, source):
+    """The Config of one part of the report, all but what the report's own keys say at its default."""
+    known = {f.name for f in fields(module.Config)}
+    given = {key: getattr(config, key) for key in ('out_dir', 'seed', 'device', 'text', 'other') if key in known}
+    return module.Config(**given | {'model': source})
+
+
+def run_part(name, subjects, config):
+    """The results of one analysis by the names of the models, and a line for each that it could not serve."""
+    module, results, left_out = import_module(f'analysis.{name}'), {}, []
+    if name == 'similarity':
+        subjects, (first, second) = {' and '.join(subjects): None}, subjects.values()
+    for label, subject in subjects.items():
+        try:
+            if name == 'similarity':
+                results[label] = module.compare(first, second, settings(module, config, config.model))
+            else:
+                results[label] = module.analyse(subject, settings(module, config, subject.source))
+        except UserError as e:
+            left_out.append(f'{label}: {e}')
+    return module, results, left_out
+
+
+def section(name, module, results, left_out, out_dir):
+    """The HTML of one part."""
+    parts = [f'<h2 id="{name}">{name.replace("_", " ")}</h2>', f'<p>{html.escape(PARTS[name])}</p>']
+    parts += [f'<p class="left-out">Left out for {html.escape(line)}</p>' for line in left_out]
+    if results:
+        picture = base64.b64encode((out_dir / f'{name}.png').read_bytes()).decode()
+        parts.append(f'<img alt="{name}" src="data:image/png;base64,{picture}">')
+        tables = (f'<pre><b>{html.escape(label)}</b>\n\n{html.escape(module.table(result))}</pre>' for label, result in results.items())
+        parts.append(f'<div class="tables">{"".join(tables)}</div>')
+    return '\n'.join(parts)
+
+
+def main():
+    config, _ = configure(sys.argv[1:], Config)
+    device, _ = pick_device(config.device)
+    pair = [load_subject(config.model, device), load_subject(config.other, device, key='other')]
+    labels = [LABELS[subject.model.model_type] for subject in pair]
+    if labels[0] == labels[1]:
+        labels = [f'{label}, {subject.name}' for label, subject in zip(labels, pair)]
+    if labels[0] == labels[1]:
+        raise UserError(f'other={config.other!r} is the same as model: give another')
+    subjects = dict(zip(labels, pair))
+    out_dir = make_folder(config.out_dir)
+    body = ['<h1>MHA and MLA taken apart</h1>', '<ul>']
+    for label, subject in subjects.items():
+        print(f'{label}: {describe(subject.model)}')
+        body.append(f'<li><b>{html.escape(label)}</b>: {html.escape(subject.source)}, {html.escape(describe(subject.model))}</li>')
+    body += ['</ul>', '<p>' + ' '.join(f'<a href="#{name}">{name.replace("_", " ")}</a>' for name in PARTS) + '</p>']
+    for name in progress(list(PARTS), 'report'):
+        module, results, left_out = run_part(name, subjects, config)
+        if results:
+            save(name, as_json(results), module.plot(results), settings(module, config, config.model), out_dir)
+        for line in left_out:
+            print(f'{name}: left out for {line}')
+        body.append(section(name, module, results, left_out, out_dir))
+    try:
+        (out_dir / 'report.html').write_text(PAGE.format(body='\n'.join(body)), encoding='utf-8')
+    except OSError as e:
+        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror}): give another') from None
+    print(f'saved {out_dir / "report.html"}')
+
+
+if __name__ == '__main__':
+    run(main)

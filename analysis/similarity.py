@@ -1,0 +1,135 @@
+"""
+Do two models build the same thing? Their residual streams, layer by layer, and their heads on the same text.
+
+Linear CKA (Kornblith et al. 2019, eq. 3 with linear kernels) of activations X (tokens, a) and Y (tokens, b), columns centred:
+
+    |Y^T X|^2 / (|X^T X| |Y^T Y|)      in Frobenius norms
+
+It is 1 for activations that are the same up to rotation and scale. Residual streams are taken less their mean over n_embd,
+which every reader removes. Heads are compared by what they write, and matched one to one so that the CKAs add up to the most.
+How high a CKA is says little alone: the CKA of one model with itself, a layer further, is what to hold it against.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from analysis.circuits import centred, triangle
+from analysis.plots import Panel, draw_panels
+from analysis.program import AnalysisConfig, load_subject, main, progress
+from analysis.record import record
+from configurator import UserError, check_least, run
+
+
+@dataclass
+class Config(AnalysisConfig):
+    other: str = ''  # the model to compare with, given as model is
+    text: str = ''  # FILE:book.txt or a dataset; '': the val split that the checkpoint of model names
+    max_tokens: int = 2048  # of the text, in windows of the shorter context
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, max_tokens=2)
+
+
+@dataclass
+class Similarity:
+    residual: np.ndarray  # (n_layer + 1, n_layer + 1 of the other) CKA after the embedding and after each block
+    residual_self: np.ndarray  # (n_layer + 1, n_layer + 1) of the model with itself, for comparison
+    heads: np.ndarray  # (heads, heads of the other) CKA of what they write
+    names: list  # layer.head of each head
+    other_names: list
+    matches: list  # [head, head of the other, CKA], best first, each head at most once
+    n_tokens: int
+    models: tuple
+
+
+def cka(X, Y):
+    """Linear CKA of X (tokens, a) and Y (tokens, b), 0 to 1; 0 where one of them never varies."""
+    X, Y = centred(X, 0), centred(Y, 0)
+    size = (X.mT @ X).norm() * (Y.mT @ Y).norm()
+    return ((Y.mT @ X).square().sum() / size).item() if size > 0 else 0.0
+
+
+def cka_table(rows, columns):
+    """CKA of each of rows with each of columns, both lists of (tokens, n): (rows, columns)"""
+    rows, columns = ([centred(X, 0) for X in side] for side in (rows, columns))
+    sizes = [[(X.mT @ X).norm().item() for X in side] for side in (rows, columns)]
+    scores = np.zeros((len(rows), len(columns)))
+    everything, widths = torch.cat(columns, dim=1), [Y.size(1) for Y in columns]
+    for i, X in enumerate(progress(rows, 'CKA')):
+        for j, product in enumerate((X.mT @ everything).split(widths, dim=1)):
+            scores[i, j] = product.square().sum() / max(sizes[0][i] * sizes[1][j], 1e-300)
+    return scores
+
+
+def activations(model, windows):
+    """Residual streams, n_layer + 1 tensors (tokens, n_embd), and what each head writes, tensors (tokens, head_dim) up to a
+    rotation that CKA does not feel. windows are tensors (B, T)."""
+    streams = [[] for _ in range(model.config.n_layer + 1)]
+    written = [[] for _ in range(model.config.n_layer)]
+    # W_O as an orthogonal map and a triangle: lengths and angles of z W_O are those of z times the triangle
+    shapes = [triangle(centred(block.attn.head_weights()[-1].detach()).mT).mT for block in model.transformer.h]
+    for idx in windows:
+        for block in record(model, idx):
+            if block.layer == 0:
+                streams[0].append(centred(block.before).flatten(0, 1))
+            streams[block.layer + 1].append(centred(block.after).flatten(0, 1))
+            written[block.layer].append((block.z @ shapes[block.layer]).transpose(0, 1).flatten(1, 2))
+    heads = [head for layer in written for head in torch.cat(layer, dim=1)]
+    return [torch.cat(parts) for parts in streams], heads
+
+
+def head_names(model):
+    return [f'{layer}.{head}' for layer in range(model.config.n_layer) for head in range(model.config.n_head)]
+
+
+def compare(subject, other, config):
+    """Similarity of two Subjects. Raises UserError where they do not read the same tokens."""
+    if subject.spec != other.spec:
+        raise UserError(f'similarity needs two models that read the same tokens, and {subject.source} and {other.source} do '
+                        'not: give two that were trained on the same data')
+    T = min(subject.model.config.block_size, other.model.config.block_size, config.max_tokens)
+    windows = [idx[:, :-1] for idx in subject.windows(config.text, config.max_tokens, T)]
+    streams, heads = activations(subject.model, windows)
+    other_streams, other_heads = activations(other.model, [idx.to(other.device) for idx in windows])
+    scores = cka_table(heads, other_heads)
+    rows, columns = linear_sum_assignment(scores, maximize=True)
+    names, other_names = head_names(subject.model), head_names(other.model)
+    matches = sorted(([names[i], other_names[j], scores[i, j]] for i, j in zip(rows, columns)), key=lambda match: -match[2])
+    return Similarity(cka_table(streams, other_streams), cka_table(streams, streams), scores, names, other_names, matches,
+                      len(streams[0]), (subject.name, other.name))
+
+
+def analyse(subject, config):
+    return compare(subject, load_subject(config.other, subject.device, key='other'), config)
+
+
+def table(result):
+    def row(label, values):
+        return f'{label:>28}' + ''.join(f'{value:>7.2f}' for value in values)
+    best = '  '.join(f'{mine} ~ {others} {score:.2f}' for mine, others, score in result.matches[:8])
+    lines = [f'{"after":>28}' + ''.join(f'{name:>7}' for name in ['embed', *range(min(map(len, (result.residual,
+                                                                                              result.residual.T))) - 1)]),
+             row('the same layer of the other', result.residual.diagonal()),
+             row('the layer before, same model', [np.nan, *result.residual_self.diagonal(1)][:len(result.residual.diagonal())])]
+    return '\n'.join(lines + [f'heads matched ({result.n_tokens:,} tokens), mean {np.mean([m[2] for m in result.matches]):.2f}: '
+                              f'{best}'])
+
+
+def plot(results):
+    (result,) = results.values()
+    model, other = result.models
+    layers = {'rows': f'layers of {model} (0: embedding)', 'columns': f'layers of {other} (0: embedding)'}
+    return draw_panels(f'Do they build the same thing? CKA over {result.n_tokens:,} tokens', [
+        Panel('residual streams of the two', {'': result.residual}, 'CKA', 0, 1, **layers),
+        Panel(f'residual streams of {model} with itself', {'': result.residual_self}, 'CKA', 0, 1,
+              rows='layer (0: embedding)', columns='layer (0: embedding)'),
+        Panel('what heads write', {'': result.heads}, 'CKA', 0, 1, rows=f'head of {model}', columns=f'head of {other}',
+              digits=None)])
+
+
+if __name__ == '__main__':
+    run(lambda: main('similarity', Config, analyse, table, plot))

@@ -1,0 +1,99 @@
+"""Models made by hand, whose answers are known, and the same function in other weights."""
+
+import torch
+
+from analysis.program import Subject
+from conftest import CHARS, tiny_model
+from convert_mla import convert
+from model import GPT, GPTConfig
+from model_mla import GPT_MLA
+
+N = 16  # tokens of the vocabulary, positions and numbers in a head of the induction model
+TOKEN, POSITION, PREVIOUS, REST = range(0, 16), range(16, 32), range(32, 48), 48
+
+
+def subject(model):
+    """A Subject of a tiny_model."""
+    return Subject(model, CHARS[:model.config.vocab_size], 'a/model')
+
+
+def induction_model():
+    """Two layers of attention alone: head 0.0 attends to the previous token and writes which one that was; head 1.0 attends
+    to where the previous token was the current one. All other heads attend evenly and write nothing.
+
+    Tokens, positions and previous tokens are unit vectors in parts of the residual stream of their own, less one in a
+    dimension that only takes care that every mean is 0, so that the layer norms do nothing but scale.
+    """
+    model = GPT(GPTConfig(block_size=N, vocab_size=N, n_layer=2, n_head=4, n_embd=64, bias=False)).eval()
+    eye = torch.eye(N)
+    for name, p in model.named_parameters():
+        p.data.fill_(1.0 if 'ln_' in name else 0.0)
+    wte, wpe = model.transformer.wte.weight.data, model.transformer.wpe.weight.data
+    wte[:, TOKEN], wte[:, REST] = eye, -1
+    wpe[:, POSITION], wpe[:, REST] = eye, -1
+    before, after = (block.attn for block in model.transformer.h)
+    W_Q, W_K, W_V = before.c_attn.weight.data.split(64)
+    W_Q[:N, POSITION] = 10 * eye.roll(-1, dims=0)  # position i asks for i - 1
+    W_K[:N, POSITION] = 10 * eye
+    W_V[:N, TOKEN] = eye
+    before.c_proj.weight.data[PREVIOUS, :N] = eye
+    before.c_proj.weight.data[REST, :N] = -1
+    W_Q, W_K, W_V = after.c_attn.weight.data.split(64)
+    W_Q[:N, TOKEN] = 10 * eye
+    W_K[:N, PREVIOUS] = 10 * eye
+    W_K[:N, POSITION[0]] = -10  # the first token has none before it and attends to itself
+    return model
+
+
+def random_model(model_class, **settings):
+    """A tiny_model in which nothing is at its special initial value."""
+    model = tiny_model(model_class, **settings)
+    for name, p in model.named_parameters():
+        if name.endswith('bias') or 'ln_' in name:
+            p.data += 0.3 * torch.randn_like(p)
+        else:
+            p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+@torch.no_grad()
+def same_function(model):
+    """A model that computes the same in other weights: ln_1 scaled against what reads after it, another basis in every head
+    and in the latent, and a constant added to all that is written to the residual stream."""
+    state, c = {name: p.clone() for name, p in model.state_dict().items()}, model.config
+    state['lm_head.weight'] += 0.3
+    state['transformer.wte.weight'] = state['lm_head.weight']
+    state['transformer.wpe.weight'] += torch.randn(c.block_size, 1)
+    d = c.n_embd // c.n_head
+    for i, block in enumerate(model.transformer.h):
+        own = {name: state[f'transformer.h.{i}.{name}'] for name in block.state_dict()}  # the tensors of state themselves
+        for name in ('attn.c_proj', 'mlp.c_proj'):
+            own[f'{name}.weight'] += 0.1 * torch.randn(1, own[f'{name}.weight'].size(1))
+            own[f'{name}.bias'] += 0.3
+        latent = 'attn.latent_enc.weight' in own
+        scale = 0.5 + torch.rand(c.n_embd)
+        for name in ('attn.latent_enc', 'attn.query') if latent else ('attn.c_attn',):
+            own[f'{name}.weight'] /= scale
+        own['ln_1.weight'] *= scale
+        own['ln_1.bias'] *= scale
+        if latent:
+            A = torch.eye(c.n_latent) + 0.2 * torch.randn(c.n_latent, c.n_latent)
+            own['attn.latent_enc.weight'].copy_(A @ own['attn.latent_enc.weight'])
+            for name in ('attn.key.weight', 'attn.value.weight'):
+                own[name].copy_(own[name] @ A.inverse())
+        for end in ('weight', 'bias'):
+            q, k, v = ([own[f'attn.{name}.{end}'] for name in ('query', 'key', 'value')] if latent else
+                       own[f'attn.c_attn.{end}'].split(c.n_embd))
+            torch.manual_seed(i)  # weight and bias change alike
+            for h in range(0, c.n_embd, d):
+                A, B = (torch.eye(d) + 0.2 * torch.randn(d, d) for _ in range(2))
+                for part, change in ((q, A), (k, A.inverse().T), (v, B)):
+                    part[h:h + d] = change @ part[h:h + d]
+                if end == 'weight':
+                    own['attn.c_proj.weight'][:, h:h + d] @= B.inverse()
+    return type(model).from_state_dict(c, state).eval()
+
+
+def exact_mla(model):
+    """The GPT_MLA that does the same as a GPT, with a latent as wide as the residual stream."""
+    return convert(model, model.config.n_embd)[0]

@@ -1,0 +1,282 @@
+"""
+The residual stream of a model, flattened to two dimensions: where each token goes, from the embedding through every block.
+
+    python visualize_residual_space_gpt2.py --model=gpt2 --prompt="The cat sat on the mat" --drop_first --normalize
+    python visualize_residual_space_gpt2.py --model=out_shakespeare_quick/ckpt_mla.pt --repeat=2 --animation
+
+Two principal components (Pearson 1901) of all tokens at all layers together, or of each layer on its own. What is plotted of it
+can be less (tokens, layers); the components do not change with that.
+
+In GPT-2 a few dimensions are hundreds of times larger than the rest, and the first position has a norm that swallows the
+picture: --drop_first leaves that position out, and --normalize takes every vector as a layer norm hands it on, its mean
+taken away and its length the same for all. The picture says which of the two was done.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.animation import PillowWriter
+from matplotlib.figure import Figure
+
+from analysis.plots import token_labels
+from analysis.program import AnalysisConfig, as_json, load_subject, make_folder, progress, save
+from analysis.record import residual_streams
+from checkpoint import describe
+from configurator import UserError, check_least, configure, run
+from device import pick_device
+
+MARKERS = 'os^Dv<>Pp*hX'  # of the copies of a repeated sequence
+FRAMES_PER_LAYER = 8
+EMBEDDING = 'embed'
+
+
+@dataclass
+class ResidualConfig(AnalysisConfig):
+    model: str = 'gpt2'  # a checkpoint, an out_dir, the directory of a Hugging Face GPT-2, or a name such as gpt2-xl
+    out_dir: str = 'out_residual_space'  # where pictures and numbers go
+    prompt: str = ''  # the text; FILE:prompt.txt reads it from a file, - from standard input; '': random tokens
+    random_tokens: int = 24  # how many, where there is no prompt
+    repeat: int = 1  # copies of the sequence, one after the other
+    tokens: str = ''  # which to plot, such as 0:32 or 0,5,9 (numbered from 0); '': all
+    layers: str = ''  # which to plot, such as 0,4,11 or 0:6: after those blocks, embed for before; '': all
+    basis: Literal['shared', 'per_layer'] = 'shared'  # one pair of components for all layers, or one for each
+    drop_first: bool = False  # leave out the first position
+    normalize: bool = False  # take each vector as a layer norm hands it on
+    labels: bool = True  # write each token beside its point
+    animation: bool = False  # also residual_space.gif
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, random_tokens=1, repeat=1)
+
+
+@dataclass
+class ResidualSpace:
+    coordinates: np.ndarray  # (layer, token, 2) of the layers and tokens that are plotted
+    layers: list  # their names: embed, 0, 1, ...
+    tokens: list  # texts of the tokens
+    copies: list  # which copy of the sequence each token is in, from 0
+    places: list  # where in its copy it is, from 0
+    explained: np.ndarray  # (layer, 2) share of the variance that each component explains, of all layers or of its own
+    basis: str
+    drop_first: bool
+    normalize: bool
+
+
+def principal_components(X, count=2):
+    """Of X (samples, n): its mean (n,), the count directions of largest variance (count, n), and the share of the variance
+    that each explains (count,). Fewer than count, where there are fewer samples or dimensions, are filled up with zeros."""
+    mean = X.mean(0)
+    _, S, V = np.linalg.svd(X - mean, full_matrices=False)
+    components, explained = np.zeros((count, X.shape[1])), np.zeros(count)
+    found = min(count, len(S))
+    components[:found] = V[:found]
+    if S.any():
+        explained[:found] = S[:found] ** 2 / (S ** 2).sum()
+    return mean, components, explained
+
+
+def project(streams, basis):
+    """streams (layer, token, n) -> coordinates (layer, token, 2) and the share of the variance explained (layer, 2), with
+    one basis for all layers ('shared') or one for each ('per_layer'), whose signs follow from layer to layer."""
+    if basis == 'shared':
+        mean, components, explained = principal_components(streams.reshape(-1, streams.shape[-1]))
+        return (streams - mean) @ components.T, np.tile(explained, (len(streams), 1))
+    coordinates, shares = [], []
+    for X in streams:
+        mean, components, explained = principal_components(X)
+        own = (X - mean) @ components.T
+        if coordinates:  # a component's sign is free: take the one that agrees with the layer before
+            own = own * np.where((own * coordinates[-1]).sum(0) < 0, -1, 1)
+        coordinates.append(own)
+        shares.append(explained)
+    return np.stack(coordinates), np.stack(shares)
+
+
+def read_numbers(key, text, names):
+    """'0:3' or '0,2' -> places in names, the list of what can be asked for. Raises UserError."""
+    try:
+        if not text:
+            chosen = list(range(len(names)))
+        elif ':' in text:
+            first, last = text.split(':')
+            chosen = [i for i, name in enumerate(names) if name != EMBEDDING
+                      and (int(first) if first else 0) <= int(name) < (int(last) if last else len(names))]
+        else:
+            chosen = [names.index(part.strip()) for part in text.split(',')]
+    except ValueError:
+        chosen = []
+    if not chosen:
+        raise UserError(f'{key}={text!r} must be numbers such as 0,2,5 or a range such as 0:6, and there are {names[0]} to '
+                        f'{names[-1]}')
+    return chosen
+
+
+def sequence(subject, config):
+    """The token ids of one copy. Raises UserError."""
+    if config.prompt:
+        ids = subject.tokens('prompt', config.prompt)
+    else:
+        generator = torch.Generator().manual_seed(config.seed)
+        ids = torch.randint(subject.n_vocab, (config.random_tokens,), generator=generator).tolist()
+    block_size = subject.model.config.block_size
+    if len(ids) * config.repeat > block_size:
+        times = f' times repeat={config.repeat}' if config.repeat > 1 else ''
+        raise UserError(f"{'prompt' if config.prompt else 'random_tokens'}: {len(ids)} tokens{times} do not fit into "
+                        f'block_size={block_size}: give fewer')
+    if len(ids) * config.repeat - config.drop_first < 2:
+        raise UserError(f'{len(ids) * config.repeat} tokens are too few to compare: give a longer prompt, or repeat it')
+    return ids
+
+
+def analyse(subject, config):
+    once = sequence(subject, config)
+    ids = once * config.repeat
+    names = [EMBEDDING, *map(str, range(subject.model.config.n_layer))]
+    layers, tokens = read_numbers('layers', config.layers, names), read_numbers('tokens', config.tokens, [*map(str, range(len(ids)))])
+    streams = residual_streams(subject.model, torch.tensor([ids], device=subject.device))[:, 0].double().cpu().numpy()
+    if config.normalize:
+        streams = streams - streams.mean(-1, keepdims=True)
+        streams = streams / np.linalg.norm(streams, axis=-1, keepdims=True).clip(1e-12)
+    dropped = int(config.drop_first)
+    coordinates, explained = project(streams[:, dropped:], config.basis)
+    tokens = [t for t in tokens if t >= dropped]
+    if not tokens:
+        raise UserError(f'tokens={config.tokens!r} is only the first position, which drop_first leaves out: give others')
+    return ResidualSpace(coordinates[layers][:, [t - dropped for t in tokens]], [names[i] for i in layers],
+                         token_labels(subject.tokenizer, [ids[t] for t in tokens]), [t // len(once) for t in tokens],
+                         [t % len(once) for t in tokens], explained[layers], config.basis, config.drop_first, config.normalize)
+
+
+def layer_title(name):
+    return 'embedding' if name == EMBEDDING else f'after block {name}'
+
+
+def how(result):
+    parts = ['one basis for all layers' if result.basis == 'shared' else 'a basis for each layer',
+             'vectors normalised' if result.normalize else 'vectors as they are',
+             'first position left out' if result.drop_first else 'with the first position']
+    return ', '.join(parts)
+
+
+def label_axes(ax, explained):
+    ax.set_xlabel(f'PC 1 ({explained[0]:.0%} of variance)', fontsize=8)
+    ax.set_ylabel(f'PC 2 ({explained[1]:.0%} of variance)', fontsize=8)
+    ax.tick_params(labelsize=7)
+
+
+def scatter(ax, points, result):
+    """Points (token, 2): the colour is the place in the sequence, the marker tells its copies apart."""
+    copies, places = np.array(result.copies), np.array(result.places)
+    for copy in dict.fromkeys(result.copies):
+        mine = copies == copy
+        image = ax.scatter(*points[mine].T, c=places[mine], vmin=0, vmax=max(1, places.max()), cmap='viridis', s=24,
+                           marker=MARKERS[copy % len(MARKERS)], edgecolors='black' if copy else 'none', linewidths=0.7,
+                           label=f'copy {copy + 1}', zorder=3)
+    return image
+
+
+def write_labels(ax, points, result):
+    for point, text in zip(points, result.tokens):
+        ax.annotate(text, point, (3, 3), textcoords='offset points', fontsize=7, parse_math=False, zorder=4)
+
+
+def name_copies(ax, result):
+    if len(set(result.copies)) > 1:
+        ax.legend(fontsize=7, loc='best')
+
+
+def draw_grid(name, result, labels=True):
+    """A Figure with a picture of each layer."""
+    columns = math.ceil(math.sqrt(len(result.layers)))
+    rows = -(-len(result.layers) // columns)
+    figure = Figure(figsize=(3.6 * columns + 0.8, 3.3 * rows + 0.7), layout='constrained')
+    figure.suptitle(f'Residual stream of {name}, layer by layer\n{how(result)}', fontsize=11)
+    shared = result.basis == 'shared'
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared)
+    for ax in axes.flat[len(result.layers):]:
+        ax.axis('off')
+    for ax, layer, points, explained in zip(axes.flat, result.layers, result.coordinates, result.explained):
+        image = scatter(ax, points, result)
+        if labels:
+            write_labels(ax, points, result)
+        ax.set_title(layer_title(layer), fontsize=9)
+        label_axes(ax, explained)
+        ax.tick_params(labelbottom=True, labelleft=True)
+    name_copies(axes.flat[0], result)
+    figure.colorbar(image, ax=axes, label='place in the sequence, from 0', shrink=0.6)
+    return figure
+
+
+def draw_trajectories(name, result, labels=True):
+    """A Figure in which each token's points are joined through the layers, first to last."""
+    figure = Figure(figsize=(8.5, 7), layout='constrained')
+    ax = figure.subplots()
+    for token, path in enumerate(result.coordinates.transpose(1, 0, 2)):
+        ax.plot(*path.T, color='#bbbbbb', linewidth=0.8, zorder=1)
+        ax.plot(*path[0], marker='x', color='#888888', markersize=4, zorder=2)
+    image = scatter(ax, result.coordinates[-1], result)
+    for points in result.coordinates[1:-1]:
+        ax.scatter(*points.T, c=result.places, vmin=0, vmax=max(1, max(result.places)), cmap='viridis', s=6, zorder=2)
+    if labels:
+        write_labels(ax, result.coordinates[-1], result)
+    label_axes(ax, result.explained[-1])
+    ax.set_title(f'Residual stream of {name}\nfrom x ({layer_title(result.layers[0])}) to the large point '
+                 f'({layer_title(result.layers[-1])})\n{how(result)}', fontsize=10)
+    name_copies(ax, result)
+    figure.colorbar(image, ax=ax, label='place in the sequence, from 0', shrink=0.6)
+    return figure
+
+
+def save_animation(path, name, result, labels=True):
+    """A GIF in which the tokens move from layer to layer."""
+    figure = Figure(figsize=(6, 5.5), layout='constrained')
+    ax = figure.subplots()
+    low, high = result.coordinates.min((0, 1)), result.coordinates.max((0, 1))
+    margin = 0.08 * (high - low) + 1e-9
+    writer = PillowWriter(fps=FRAMES_PER_LAYER)
+    steps = np.linspace(0, len(result.layers) - 1, (len(result.layers) - 1) * FRAMES_PER_LAYER + 1)
+    with writer.saving(figure, path, dpi=90):
+        for step in progress(steps, 'animation'):
+            before, part = int(step), step % 1
+            after = min(before + 1, len(result.layers) - 1)
+            points = (1 - part) * result.coordinates[before] + part * result.coordinates[after]
+            ax.clear()
+            scatter(ax, points, result)
+            if labels:
+                write_labels(ax, points, result)
+            ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+            label_axes(ax, result.explained[before])
+            ax.set_title(f'{name}\n{layer_title(result.layers[round(step)])}', fontsize=9)
+            name_copies(ax, result)
+            writer.grab_frame()
+
+
+def main():
+    config, _ = configure(sys.argv[1:], ResidualConfig)
+    device, _ = pick_device(config.device)
+    subject = load_subject(config.model, device)
+    print(describe(subject.model))
+    result = analyse(subject, config)
+    out_dir = make_folder(config.out_dir)
+    print(f'\n{len(result.tokens)} tokens, {how(result)}; share of the variance in the two components:')
+    for layer, (first, second) in zip(result.layers, result.explained):
+        print(f'{layer_title(layer):>18}{first:>8.1%}{second:>8.1%}')
+    save('residual_space', as_json(result), draw_grid(subject.name, result, config.labels), config, out_dir)
+    saved = ['residual_space.png', 'residual_trajectories.png', 'residual_space.json']
+    try:
+        draw_trajectories(subject.name, result, config.labels).savefig(out_dir / saved[1], dpi=110)
+        if config.animation:
+            saved.append('residual_space.gif')
+            save_animation(out_dir / saved[-1], subject.name, result, config.labels)
+    except OSError as e:
+        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror or e}): give another') from None
+    print(f"\nsaved {', '.join(saved)} in {out_dir}")
+
+
+if __name__ == '__main__':
+    run(main)
