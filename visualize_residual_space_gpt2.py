@@ -73,10 +73,9 @@ def principal_components(X, count=2):
     mean = X.mean(0)
     _, S, V = np.linalg.svd(X - mean, full_matrices=False)
     components, explained = np.zeros((count, X.shape[1])), np.zeros(count)
-    found = min(count, len(S))
+    found = min(count, int((S > 1e-12 * (np.abs(X).max() + 1e-300)).sum()))  # the others are rounding
     components[:found] = V[:found]
-    if S.any():
-        explained[:found] = S[:found] ** 2 / (S ** 2).sum()
+    explained[:found] = S[:found] ** 2 / (S ** 2).sum() if found else 0
     return mean, components, explained
 
 

@@ -1,5 +1,5 @@
 """
-What an MLA latent stores: directions of the residual stream, the tokens that excite them, what heads write for them.
+What an MLA latent stores: the tokens that excite its directions, and what heads write for them.
 
 A latent c = W_E^T x can be written in any basis (W_E A and A^-1 W_K, A^-1 W_V are the same model), so the singular values of
 W_E alone mean nothing. What counts is what the heads make of it. All maps out of a layer's latent, side by side, are

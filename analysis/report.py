@@ -1,5 +1,5 @@
 """
-Everything about two models, an MHA and an MLA one, side by side: report.html, which needs no other file.
+All of it for an MHA and an MLA model side by side, in one file: report.html.
 
     python -m analysis.report --model=out_shakespeare_quick/ckpt.pt --other=out_shakespeare_quick/ckpt_mla.pt
 """

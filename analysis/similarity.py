@@ -1,5 +1,5 @@
 """
-Do two models build the same thing? Their residual streams, layer by layer, and their heads on the same text.
+Do two models build the same thing? Residual streams and heads, compared on the same text.
 
 Linear CKA (Kornblith et al. 2019, eq. 3 with linear kernels) of activations X (tokens, a) and Y (tokens, b), columns centred:
 

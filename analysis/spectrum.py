@@ -1,5 +1,5 @@
 """
-How much rank is used: singular values of W_Q W_K^T and W_V W_O of every head, in the weights and over a text.
+How much rank is used: singular values of W_Q W_K^T and W_V W_O, in the weights and over a text.
 
     effective rank    exp(entropy of the singular values over their sum) (Roy and Vetterli 2007), 1 to head_dim
     outliers          singular values beyond what noise of the same shape reaches once in a thousand times

@@ -1,0 +1,177 @@
+"""The programs: each runs from a checkpoint, saves a picture and its numbers, and says in one line what it cannot do."""
+
+import importlib
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from analysis import NAMES, __main__, report
+from analysis.plots import Panel, draw_panels, token_labels
+from analysis.program import main, text_tokens
+from analysis_models import random_model, subject
+from checkpoint import save_checkpoint
+from configurator import UserError
+from conftest import CHARS, tiny_model
+from data.tokenizer import make_tokenizer
+from export_huggingface import to_hugging_face
+from model import GPT
+from model_k_ahead import GPT_KAhead
+from model_mla import GPT_MLA
+
+SINGLE = [name for name in NAMES if name not in ('report', 'similarity')]
+TEXT = ('ablation', 'similarity', 'spectrum')
+
+
+@pytest.fixture
+def checkpoint(tmp_path, data_dir):
+    """Save a random model as the trainer would, and return the path."""
+    def make(model_class, name='ckpt.pt', **settings):
+        path = tmp_path / name
+        save_checkpoint(path, random_model(model_class, **settings), CHARS, {'dataset': str(data_dir)}, 0)
+        return path
+    return make
+
+
+def entry(name):
+    module = importlib.import_module(f'analysis.{name}')
+    if name == 'report':
+        return module.main
+    analyse = module.analyse_and_draw if name == 'attention_patterns' else module.analyse
+    return lambda: main(name, module.Config, analyse, module.table, module.plot)
+
+
+def saved(out_dir, name):
+    assert (out_dir / f'{name}.png').read_bytes()[1:4] == b'PNG'
+    return json.loads((out_dir / f'{name}.json').read_text())
+
+
+@pytest.mark.parametrize('name', [name for name in SINGLE if name != 'ioi'])
+def test_each_program_saves_a_picture_and_its_numbers(name, checkpoint, program, tmp_path):
+    path, out = checkpoint(GPT_MLA, n_layer=3), tmp_path / 'analysis'
+    code, stdout, stderr = program(entry(name), f'--model={path}', f'--out_dir={out}')
+    assert code == 0, stderr
+    assert stdout.startswith('GPT_MLA: 3 layers') and f'{name}.png and {name}.json' in stdout
+    assert max(len(line) for line in stdout.splitlines()) < 220
+    numbers = saved(out, name)
+    assert numbers['settings']['model'] == str(path)
+    if name == 'induction_heads':
+        assert np.shape(numbers['scores']) == (3, 2)
+
+
+def test_ioi_and_induction_from_a_hugging_face_directory(program, tmp_path):
+    to_hugging_face(random_model(GPT, vocab_size=50257, block_size=64)).save_pretrained(tmp_path / 'hf')
+    code, stdout, stderr = program(entry('ioi'), f'--model={tmp_path / "hf"}', f'--out_dir={tmp_path / "a"}', '--prompts=4',
+                                   '--patch_prompts=2')
+    assert code == 0, stderr
+    numbers = saved(tmp_path / 'a', 'ioi')
+    assert np.shape(numbers['restored']) == (2, 2, 6) and 'IO preferred in' in stdout
+    code, *_ = program(entry('induction_heads'), f'--model={tmp_path / "hf"}', f'--out_dir={tmp_path / "a"}', '--sequences=2')
+    assert code == 0
+
+
+def test_a_nanogpt_checkpoint_is_taken_apart(program, tmp_path):
+    model = tiny_model(GPT, vocab_size=50304)
+    args = {key: getattr(model.config, key) for key in
+            ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    torch.save({'model': model.state_dict(), 'model_args': args, 'iter_num': 1, 'best_val_loss': 9.0, 'config': {}},
+               tmp_path / 'ckpt.pt')
+    code, stdout, stderr = program(entry('induction_heads'), f'--model={tmp_path / "ckpt.pt"}', f'--out_dir={tmp_path / "a"}')
+    assert code == 0, stderr
+
+
+@pytest.mark.parametrize('other', [GPT, GPT_KAhead])
+def test_similarity_of_two_checkpoints(other, checkpoint, program, tmp_path):
+    one, two = checkpoint(GPT_MLA), checkpoint(other, 'other.pt', n_layer=3, n_embd=24, n_head=3)
+    code, stdout, stderr = program(entry('similarity'), f'--model={one}', f'--other={two}', f'--out_dir={tmp_path / "a"}')
+    assert code == 0, stderr
+    numbers = saved(tmp_path / 'a', 'similarity')
+    assert np.shape(numbers['residual']) == (3, 4) and np.shape(numbers['heads']) == (4, 9) and len(numbers['matches']) == 4
+
+
+def test_report_is_one_file_with_all_that_can_be_asked(checkpoint, program, tmp_path):
+    mha, mla, out = checkpoint(GPT), checkpoint(GPT_MLA, 'ckpt_mla.pt'), tmp_path / 'report'
+    code, stdout, stderr = program(report.main, f'--model={mha}', f'--other={mla}', f'--out_dir={out}')
+    assert code == 0, stderr
+    page = (out / 'report.html').read_text()
+    assert page.count('<h2') == len(report.PARTS) == len(NAMES) - 1
+    assert page.count('data:image/png;base64,') == len(report.PARTS) - 1  # ioi has nothing to show
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # nothing but itself
+    assert 'ioi: left out for MHA' in stdout and 'latent_directions: left out for MHA' in stdout
+    assert 'Left out for MHA: latent_directions needs' in page
+    numbers = saved(out, 'induction_heads')
+    assert np.shape(numbers['MHA']['scores']) == np.shape(numbers['MLA']['scores']) == (2, 2)
+    assert list(saved(out, 'latent_directions')) == ['settings', 'MLA']
+
+
+def test_report_of_two_models_of_one_kind(checkpoint, program, tmp_path):
+    one, two = checkpoint(GPT), checkpoint(GPT, 'b.pt')
+    code, _, stderr = program(report.main, f'--model={one}', f'--other={two}', f'--out_dir={tmp_path / "r"}')
+    assert code == 0, stderr
+    code, _, stderr = program(report.main, f'--model={one}', f'--other={one}', f'--out_dir={tmp_path / "r"}')
+    assert code == 2 and 'is the same as model' in stderr
+
+
+def test_the_list_has_a_line_for_each(program):
+    code, stdout, _ = program(__main__.main)
+    lines = [line for line in stdout.splitlines() if line.startswith('  ')]
+    assert code == 0 and [line.split()[0] for line in lines] == list(NAMES)
+    assert all(len(line.split()) > 4 and len(line) < 130 for line in lines)
+
+
+@pytest.mark.parametrize('name, options, words', [
+    ('induction_heads', [], ['model is empty']),
+    ('induction_heads', ['--model=nowhere.pt'], ['nowhere.pt', 'no checkpoint']),
+    ('induction_heads', ['--model=CKPT', '--sequences=0'], ['sequences=0', 'at least 1']),
+    ('induction_heads', ['--model=CKPT', '--lenght=9'], ['lenght', 'length']),
+    ('induction_heads', ['--model=CKPT', '--out_dir=CKPT/x'], ['out_dir=', 'give another']),
+    ('attention_patterns', ['--model=CKPT', '--prompt=abc', '--heads=7.7'], ["heads='7.7'", '1.1']),
+    ('attention_patterns', ['--model=CKPT', '--prompt=XYZ'], ['prompt', "'X'"]),
+    ('attention_patterns', ['--model=CKPT', '--prompt=abcabcabcabcabcabc'], ['18 tokens', 'block_size=16']),
+    ('composition', ['--model=ONE_LAYER'], ['n_layer=1']),
+    ('ioi', ['--model=CKPT'], ['one token', 'GPT-2']),
+    ('latent_directions', ['--model=CKPT'], ['give an MLA model']),
+    ('latent_directions', ['--model=CKPT', '--alone=0.3'], ['alone=0.3']),
+    ('ablation', ['--model=CKPT', '--text=FILE:none.txt'], ['text=FILE:none.txt', 'cannot be read']),
+    ('ablation', ['--model=CKPT', '--text=nonsense'], ['nonsense']),
+    ('spectrum', ['--model=CKPT', '--text=nonsense'], ['nonsense']),
+    ('similarity', ['--model=CKPT'], ['other is empty']),
+    ('report', ['--model=CKPT'], ['other is empty']),
+])
+def test_a_mistake_is_one_line(name, options, words, checkpoint, program, tmp_path):
+    paths = {'CKPT': checkpoint(GPT), 'ONE_LAYER': checkpoint(GPT, 'one.pt', n_layer=1)}
+    for short, path in paths.items():
+        options = [option.replace(short, str(path)) for option in options]
+    code, _, stderr = program(entry(name), f'--out_dir={tmp_path / "a"}', *options)
+    assert code == 2 and stderr.count('\n') == 1 and all(word in stderr for word in words), stderr
+
+
+def test_text_of_a_model_that_names_none(tmp_path, data_dir):
+    s = subject(tiny_model(GPT))
+    s.source = str(tmp_path / 'ckpt.pt')
+    save_checkpoint(s.source, s.model, CHARS, {}, 0)
+    with pytest.raises(UserError, match='--text='):
+        text_tokens(s, '')
+    (tmp_path / 'text.txt').write_text('abcabc\nabcabc abc ' * 4)
+    assert len(text_tokens(s, f'FILE:{tmp_path / "text.txt"}')) == 4 * 18
+    assert [len(batch) for batch in s.windows(f'FILE:{tmp_path / "text.txt"}', 48, 16, batch_size=2)] == [2, 1]
+    with pytest.raises(UserError, match='200'):
+        s.windows(f'FILE:{tmp_path / "text.txt"}', 48, 199)
+    (data_dir / 'meta.pkl').unlink()
+    with pytest.raises(UserError, match='another vocabulary'):
+        text_tokens(s, str(data_dir))
+
+
+def test_pictures_of_models_side_by_side_have_one_scale():
+    maps = {'MHA': np.array([[0.0, 1]]), 'MLA': np.array([[5.0, np.nan]])}
+    figure = draw_panels('title', [Panel('what', maps, 'unit', 0, None), Panel('other', maps, 'unit', -1, 1)])
+    images = [image for box in figure.subfigs for ax in box.axes for image in ax.get_images()]
+    assert [image.get_clim() for image in images] == [(0, 5)] * 2 + [(-1, 1)] * 2
+    assert [ax.get_title() for box in figure.subfigs for ax in box.axes][:2] == ['what\nMHA', 'what\nMLA']
+    figure.canvas.draw()
+
+
+def test_token_labels_show_white_space():
+    assert token_labels(make_tokenizer(list('\n a$')), [0, 1, 2, 3]) == ['↵', '␣', 'a', '$']

@@ -1,0 +1,127 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+
+from analysis.record import residual_streams
+from analysis_models import random_model, subject
+from checkpoint import save_checkpoint
+from configurator import UserError
+from conftest import CHARS
+from model import GPT
+from model_mla import GPT_MLA
+from visualize_residual_space_gpt2 import (ResidualConfig, analyse, draw_grid, draw_trajectories, main, principal_components,
+                                           project, read_numbers)
+
+
+def streams_of(model, text):
+    ids = torch.tensor([[CHARS.index(char) for char in text]])
+    return residual_streams(model, ids)[:, 0].double().numpy()
+
+
+def same_up_to_sign(mine, theirs):
+    """Whether the columns of two arrays (..., 2) are the same up to the sign of each."""
+    for i in range(2):
+        one, other = mine[..., i].ravel(), theirs[..., i].ravel()
+        assert one * np.sign(one @ other) == pytest.approx(other, abs=1e-8)
+
+
+@pytest.mark.parametrize('model_class', [GPT, GPT_MLA])
+def test_shared_basis_agrees_with_scikit_learn(model_class):
+    streams = streams_of(random_model(model_class), 'abcabcdefg')
+    coordinates, explained = project(streams, 'shared')
+    pca = PCA(2).fit(streams.reshape(-1, 16))
+    assert explained == pytest.approx(np.tile(pca.explained_variance_ratio_, (3, 1)))
+    same_up_to_sign(coordinates, pca.transform(streams.reshape(-1, 16)).reshape(3, 10, 2))
+
+
+def test_a_basis_for_each_layer_agrees_with_scikit_learn():
+    streams = streams_of(random_model(GPT), 'abcabcdefg')
+    coordinates, explained = project(streams, 'per_layer')
+    for X, mine, shares in zip(streams, coordinates, explained):
+        pca = PCA(2).fit(X)
+        assert shares == pytest.approx(pca.explained_variance_ratio_)
+        same_up_to_sign(mine, pca.transform(X))
+    for before, after in zip(coordinates, coordinates[1:]):
+        assert ((before * after).sum(0) >= 0).all()
+
+
+def test_too_few_samples_for_two_components():
+    mean, components, explained = principal_components(np.array([[1.0, 2, 3]]))
+    assert mean.tolist() == [1, 2, 3] and not components.any() and not explained.any()
+    _, _, explained = principal_components(np.array([[1.0, 2, 3], [2, 3, 4]]))
+    assert explained == pytest.approx([1, 0])
+
+
+def test_subsets_are_seen_in_the_basis_of_all():
+    s = subject(random_model(GPT))
+    whole = analyse(s, ResidualConfig(prompt='abcdef', repeat=2))
+    part = analyse(s, ResidualConfig(prompt='abcdef', repeat=2, tokens='3:9', layers='embed,1'))
+    assert part.coordinates == pytest.approx(whole.coordinates[[0, 2]][:, 3:9])
+    assert part.layers == ['embed', '1'] and part.tokens == list('defabc')
+    assert part.copies == [0, 0, 0, 1, 1, 1] and part.places == [3, 4, 5, 0, 1, 2]
+
+
+def test_normalised_vectors_and_the_first_position():
+    model = random_model(GPT)
+    result = analyse(subject(model), ResidualConfig(prompt='abcdef', drop_first=True, normalize=True))
+    streams = torch.nn.functional.layer_norm(torch.from_numpy(streams_of(model, 'abcdef')), (16,), eps=0).numpy() / 4
+    expected, explained = project(streams[:, 1:], 'shared')
+    assert result.tokens == list('bcdef')
+    same_up_to_sign(result.coordinates, expected)
+    assert result.explained == pytest.approx(explained)
+
+
+def test_read_numbers():
+    names = ['embed', '0', '1', '2', '3']
+    assert read_numbers('layers', '0:2', names) == [1, 2] and read_numbers('layers', '2:', names) == [3, 4]
+    assert read_numbers('layers', 'embed,3', names) == [0, 4] and read_numbers('layers', '', names) == [0, 1, 2, 3, 4]
+    for wrong in ('7', '1:1', 'x', '1,,2', '1:2:3', '-1'):
+        with pytest.raises(UserError, match='layers='):
+            read_numbers('layers', wrong, names)
+
+
+def test_what_the_pictures_say():
+    result = analyse(subject(random_model(GPT)), ResidualConfig(prompt='abcdef', repeat=2, basis='per_layer', drop_first=True))
+    grid = draw_grid('a/model', result)
+    titles = [ax.get_title() for ax in grid.axes if ax.get_title()]
+    assert titles == ['embedding', 'after block 0', 'after block 1']
+    assert all(f'PC 1 ({share:.0%} of variance)' == ax.get_xlabel() for ax, (share, _) in zip(grid.axes, result.explained))
+    assert 'first position left out' in grid.get_suptitle() and 'a basis for each layer' in grid.get_suptitle()
+    assert [text.get_text() for text in grid.axes[0].get_legend().get_texts()] == ['copy 1', 'copy 2']
+    ax = draw_trajectories('a/model', result).axes[0]
+    assert [text.get_text() for text in ax.texts] == list('bcdefabcdef')
+    paths = [line.get_xydata() for line in ax.get_lines() if len(line.get_xydata()) == 3]
+    assert np.stack(paths) == pytest.approx(result.coordinates.transpose(1, 0, 2))
+
+
+def test_program(program, tmp_path):
+    save_checkpoint(tmp_path / 'ckpt_mla.pt', random_model(GPT_MLA), CHARS, {}, 0)
+    out = tmp_path / 'space'
+    code, stdout, stderr = program(main, f'--model={tmp_path / "ckpt_mla.pt"}', f'--out_dir={out}', '--random_tokens=5',
+                                   '--repeat=2', '--animation', '--layers=0,1')
+    assert code == 0, stderr
+    numbers = json.loads((out / 'residual_space.json').read_text())
+    assert np.shape(numbers['coordinates']) == (2, 10, 2) and numbers['copies'] == [0] * 5 + [1] * 5
+    assert (out / 'residual_space.png').exists() and (out / 'residual_trajectories.png').exists()
+    with Image.open(out / 'residual_space.gif') as gif:
+        assert gif.n_frames == 9
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--prompt=abc', '--repeat=9'], ['prompt', 'block_size=16']),
+    (['--random_tokens=40'], ['random_tokens', 'block_size=16']),
+    (['--prompt=a'], ['too few']),
+    (['--prompt=abc', '--layers=5'], ["layers='5'", 'embed']),
+    (['--prompt=abc', '--tokens=0', '--drop_first'], ["tokens='0'"]),
+    (['--prompt=XY'], ['prompt', "'X'"]),
+    (['--prompt=FILE:none.txt'], ['none.txt']),
+    (['--basis=both'], ['basis', 'per_layer']),
+])
+def test_a_mistake_is_one_line(options, words, program, tmp_path):
+    save_checkpoint(tmp_path / 'ckpt.pt', random_model(GPT), CHARS, {}, 0)
+    code, _, stderr = program(main, f'--model={tmp_path / "ckpt.pt"}', f'--out_dir={tmp_path / "a"}', *options)
+    assert code == 2 and stderr.count('\n') == 1 and all(word in stderr for word in words), stderr
