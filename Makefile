@@ -1,6 +1,6 @@
 # make quick    train MHA and MLA on Shakespeare and compare them
 # make test     run the tests
-# make assets   draw the pictures in assets/ (comparison.png from the last make quick)
+# make assets   draw the pictures in assets/ (of the models of the last make quick)
 
 SHELL := /bin/bash
 PYTHON := $(shell for p in python3 python3.12 python3.11 python; do \
@@ -19,6 +19,12 @@ assets: .venv/installed
 	$(RUN) assets/draw_mla_diagram.py
 	test -f out_shakespeare_quick/comparison.png || $(MAKE) quick
 	cp out_shakespeare_quick/comparison.png assets/
+	$(RUN) -m analysis.report --model=out_shakespeare_quick/ckpt.pt --other=out_shakespeare_quick/ckpt_mla.pt
+	for name in attention_patterns copying composition subspaces latent_directions spectrum ablation similarity; do \
+		cp out_report/$$name.png assets/report_$$name.png; done
+	$(RUN) visualize_residual_space_gpt2.py --model=out_shakespeare_quick/ckpt_mla.pt \
+		--prompt="To be, or not to be, that is the question"
+	cp out_residual_space/residual_trajectories.png assets/mlapca.png
 
 data/shakespeare_char/meta.pkl: | .venv/installed
 	$(RUN) data/shakespeare_char/prepare.py
@@ -30,4 +36,4 @@ data/shakespeare_char/meta.pkl: | .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv out_shakespeare_quick
+	rm -rf .venv out_shakespeare_quick out_report out_residual_space

@@ -265,13 +265,13 @@ def main():
     print(f'\n{len(result.tokens)} tokens, {how(result)}; share of the variance in the two components:')
     for layer, (first, second) in zip(result.layers, result.explained):
         print(f'{layer_title(layer):>18}{first:>8.1%}{second:>8.1%}')
-    save('residual_space', as_json(result), draw_grid(subject.name, result, config.labels), config, out_dir)
+    save('residual_space', as_json(result), draw_grid(subject.label, result, config.labels), config, out_dir)
     saved = ['residual_space.png', 'residual_trajectories.png', 'residual_space.json']
     try:
-        draw_trajectories(subject.name, result, config.labels).savefig(out_dir / saved[1], dpi=110)
+        draw_trajectories(subject.label, result, config.labels).savefig(out_dir / saved[1], dpi=110)
         if config.animation:
             saved.append('residual_space.gif')
-            save_animation(out_dir / saved[-1], subject.name, result, config.labels)
+            save_animation(out_dir / saved[-1], subject.label, result, config.labels)
     except OSError as e:
         raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror or e}): give another') from None
     print(f"\nsaved {', '.join(saved)} in {out_dir}")

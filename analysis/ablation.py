@@ -59,7 +59,7 @@ def in_context_positions(T):
 @torch.no_grad()
 def token_losses(model, x, targets):
     """Cross-entropy in nats at each token (B, T), for the last residual stream x (B, T, n_embd)."""
-    return F.cross_entropy(model.unembed(x).transpose(1, 2), targets, reduction='none')
+    return F.cross_entropy(model.unembed(x).flatten(0, 1), targets.flatten(), reduction='none').view_as(targets)
 
 
 def mean_outputs(model, windows):

@@ -64,10 +64,11 @@ def folded_embedding(model, n_vocab):
 
 
 @torch.no_grad()
-def token_vectors(model, n_vocab, first_mlp=True):
-    """What an attention reads of each token alone, before the gain of its layer norm: the embedding, with first_mlp also
-    what the first MLP adds to it (Wang et al. 2023, section 3.1), centred and scaled to variance 1: (n_vocab, n_embd)."""
-    x = model.transformer.wte.weight[:n_vocab]
+def token_vectors(model, ids, first_mlp=True):
+    """What an attention reads of the tokens ids (n,) each alone, before the gain of its layer norm: the embedding, with
+    first_mlp also what the first MLP adds to it (Wang et al. 2023, section 3.1), centred and scaled to variance 1:
+    (n, n_embd)."""
+    x = model.transformer.wte.weight[ids]
     if first_mlp:
         block = model.transformer.h[0]
         x = x + block.mlp(block.ln_2(x))

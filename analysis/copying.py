@@ -46,10 +46,10 @@ def eigenvalue_score(W_V, W_O, UE):
 
 
 @torch.no_grad()
-def top5_scores(model, names, W_V, W_O, n_vocab, vectors):
-    """Of one head: the share of the token ids names that it puts among the five likeliest of n_vocab, and the share with
-    its sign turned."""
-    written = (vectors[names] @ W_V @ W_O).to(model.lm_head.weight)  # (names, n_embd)
+def top5_scores(model, names, vectors, W_V, W_O, n_vocab):
+    """Of one head: the share of the token ids names, which it reads as vectors (names, n_embd), that it puts among the five
+    likeliest of n_vocab, and the share with its sign turned."""
+    written = (vectors @ W_V @ W_O).to(model.lm_head.weight)  # (names, n_embd)
     shares = []
     for sign in (1, -1):
         top = model.unembed(sign * written)[:, :n_vocab].topk(min(5, n_vocab)).indices
@@ -64,13 +64,13 @@ def analyse(subject, config):
     UE = folded_unembedding(model, n_vocab) @ folded_embedding(model, n_vocab)
     names = torch.tensor(single_token_names(subject.tokenizer) if subject.spec == 'gpt2' else range(n_vocab),
                          device=subject.device)
-    vectors = token_vectors(model, n_vocab)
+    vectors = token_vectors(model, names)
     shape = model.config.n_layer, model.config.n_head
     score, top5, bottom5 = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for place in progress(list(np.ndindex(shape)), 'copying'):
         W_V, W_O = heads.W_V[place], heads.W_O[place]
         score[place] = eigenvalue_score(W_V, W_O, UE)
-        top5[place], bottom5[place] = top5_scores(model, names, W_V, W_O, n_vocab, vectors)
+        top5[place], bottom5[place] = top5_scores(model, names, vectors, W_V, W_O, n_vocab)
     return Copying(score, top5, bottom5, len(names), n_vocab)
 
 

@@ -108,7 +108,7 @@ def analyse(subject, config):
         result.keys_alone[layer] = (shares >= config.alone).double().mean()
         result.values_alone[layer] = (shares <= 1 - config.alone).double().mean()
         result.both[layer] = 1 - result.keys_alone[layer] - result.values_alone[layer]
-        tokens = token_vectors(model, n_vocab, first_mlp=layer > 0)
+        tokens = token_vectors(model, torch.arange(n_vocab), first_mlp=layer > 0)
         found = []
         for number in range(min(config.directions, len(strengths))):
             u = basis @ vectors[:, number]  # (n_embd,)

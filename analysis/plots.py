@@ -18,14 +18,14 @@ class Panel:
     rows: str = 'layer'
     columns: str = 'head'
     digits: int | None = 2  # of the numbers written into the cells of a small map; None: none
-    names: dict | None = None  # name of the model -> what each row and column is called, for square maps
+    names: dict | None = None  # name of the model -> what its rows and what its columns are called, two lists
 
 
-def name_cells(ax, names):
-    """What the rows and columns of a square map are called, as many as can be read."""
-    step = -(-len(names) // 24)
-    ax.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
-    ax.set_yticks(range(0, len(names), step), names[::step], fontsize=7)
+def name_cells(ax, rows, columns):
+    """What the rows and columns of a map are called, as many as can be read."""
+    for names, set_ticks, rotation in ((rows, ax.set_yticks, 0), (columns, ax.set_xticks, 90)):
+        step = -(-len(names) // 24)
+        set_ticks(range(0, len(names), step), names[::step], rotation=rotation, fontsize=7)
 
 
 def draw_map(ax, values, panel, low, high, small):
@@ -70,7 +70,7 @@ def draw_panel(box, panel):
         values = np.asarray(values, dtype=float)
         image = draw_map(ax, values, panel, low, high, small=values.shape[0] <= 13 and values.shape[1] <= 13)
         if panel.names:
-            name_cells(ax, panel.names[name])
+            name_cells(ax, *panel.names[name])
         ax.set_title(f'{panel.title}\n{name}' if len(panel.maps) > 1 else panel.title, fontsize=9)
     box.colorbar(image, ax=list(axes), label=panel.unit, pad=0.01)
 

@@ -27,6 +27,8 @@ from dataset import open_data
 from device import pick_device
 from sample import encode, read_prompt
 
+BATCH_TOKENS = 2048  # at once, whose logits over GPT-2's vocabulary take 400 MB
+
 
 @dataclass
 class AnalysisConfig:
@@ -47,11 +49,10 @@ class Subject:
     model: torch.nn.Module
     spec: str | list  # what tokenizes its text
     source: str
+    label: str = ''  # what pictures call it; '': the end of source
 
-    @property
-    def name(self):
-        """For pictures: the end of the source."""
-        return '/'.join(Path(self.source).parts[-2:])
+    def __post_init__(self):
+        self.label = self.label or '/'.join(Path(self.source).parts[-2:])
 
     @cached_property
     def tokenizer(self):
@@ -70,9 +71,9 @@ class Subject:
         """The ids of the text that was given for key, as read_prompt takes it, a list. Raises UserError."""
         return encode(self.tokenizer, key, read_prompt(key, text))
 
-    def windows(self, text, max_tokens, length, batch_size=8):
+    def windows(self, text, max_tokens, length):
         """The first windows of length + 1 tokens of a text, up to max_tokens together but at least one, in batches
-        (B, length + 1). text is '' for the val split that the checkpoint names, FILE:path, or a dataset. Raises UserError
+        (B, length + 1) of about BATCH_TOKENS. text is '' for the val split that the checkpoint names, FILE:path, or a dataset. Raises UserError
         where there is none or it is too short."""
         ids = text_tokens(self, text)
         span = length + 1
@@ -80,7 +81,7 @@ class Subject:
             raise UserError(f'text={text!r} has {len(ids):,} tokens, and {span:,} are needed: give a longer one')
         count = min(max(1, max_tokens // length), len(ids) // span)
         ids = torch.from_numpy(np.array(ids[:count * span], dtype=np.int64)).view(count, span)
-        return ids.to(self.device).split(batch_size)
+        return ids.to(self.device).split(max(1, BATCH_TOKENS // length))
 
 
 def text_tokens(subject, text):
@@ -120,7 +121,7 @@ def main(name, Config, analyse, table, plot):
     out_dir = make_folder(config.out_dir)
     result = analyse(subject, config)
     print(f'\n{table(result)}\n')
-    save(name, as_json(result), plot({subject.name: result}), config, out_dir)
+    save(name, as_json(result), plot({subject.label: result}), config, out_dir)
     print(f'saved {out_dir / name}.png and {name}.json')
 
 

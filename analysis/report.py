@@ -98,10 +98,12 @@ def main():
     pair = [load_subject(config.model, device), load_subject(config.other, device, key='other')]
     labels = [LABELS[subject.model.model_type] for subject in pair]
     if labels[0] == labels[1]:
-        labels = [f'{label}, {subject.name}' for label, subject in zip(labels, pair)]
+        labels = [f'{label}, {subject.label}' for label, subject in zip(labels, pair)]
     if labels[0] == labels[1]:
         raise UserError(f'other={config.other!r} is the same as model: give another')
     subjects = dict(zip(labels, pair))
+    for label, subject in subjects.items():
+        subject.label = label
     out_dir = make_folder(config.out_dir)
     body = ['<h1>MHA and MLA taken apart</h1>', '<ul>']
     for label, subject in subjects.items():

@@ -100,7 +100,7 @@ def compare(subject, other, config):
     names, other_names = head_names(subject.model), head_names(other.model)
     matches = sorted(([names[i], other_names[j], scores[i, j]] for i, j in zip(rows, columns)), key=lambda match: -match[2])
     return Similarity(cka_table(streams, other_streams), cka_table(streams, streams), scores, names, other_names, matches,
-                      len(streams[0]), (subject.name, other.name))
+                      len(streams[0]), (subject.label, other.label))
 
 
 def analyse(subject, config):
@@ -122,13 +122,14 @@ def table(result):
 def plot(results):
     (result,) = results.values()
     model, other = result.models
-    layers = {'rows': f'layers of {model} (0: embedding)', 'columns': f'layers of {other} (0: embedding)'}
+    layers = [['embed', *range(n - 1)] for n in result.residual.shape]
     return draw_panels(f'Do they build the same thing? CKA over {result.n_tokens:,} tokens', [
-        Panel('residual streams of the two', {'': result.residual}, 'CKA', 0, 1, **layers),
-        Panel(f'residual streams of {model} with itself', {'': result.residual_self}, 'CKA', 0, 1,
-              rows='layer (0: embedding)', columns='layer (0: embedding)'),
+        Panel('residual streams', {'': result.residual}, 'CKA', 0, 1, rows=f'{model}, layer', columns=f'{other}, layer',
+              names={'': layers}),
+        Panel('with itself, for comparison', {'': result.residual_self}, 'CKA', 0, 1, rows=f'{model}, layer',
+              columns=f'{model}, layer', names={'': (layers[0], layers[0])}),
         Panel('what heads write', {'': result.heads}, 'CKA', 0, 1, rows=f'head of {model}', columns=f'head of {other}',
-              digits=None)])
+              digits=None, names={'': (result.names, result.other_names)})])
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ for each token read, v W_O (less its mean). Of these the outliers are against in
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ def effective_rank(singular_values):
     return torch.where(singular_values.sum(-1) > 0, rank, torch.zeros_like(rank))
 
 
+@lru_cache(maxsize=None)  # all heads ask for the same
 def noise_edge(p, ratios):
     """What the largest of p eigenvalues of noise stays below in 999 of 1,000 cases, over their mean. ratios are p over each
     other dimension of the product: one for a plain matrix (Marchenko-Pastur), two for a product of two through p."""

@@ -123,14 +123,15 @@ def plot(results):
         self = len(set(pair.split('-'))) == 1
         return {name: np.where(np.eye(len(result.names), dtype=bool) & self, np.nan, result.overlap[pair])
                 for name, result in results.items()}
-    names = {name: result.names for name, result in results.items()}
+    names = {name: (result.names,) * 2 for name, result in results.items()}
+    chance = np.mean([list(result.chance.values()) for result in results.values()])
     sides = {'output': 'writes', 'key': 'reads keys', 'value': 'reads values'}
     panels = [Panel(f'{first} and {second} spaces', maps(f'{first}-{second}'), 'mean squared cosine', 0, None,
                     rows=f'head that {sides[first]}', columns=f'head that {sides[second]}', digits=None, names=names)
               for first, second in PAIRS]
     panels.append(Panel('latent spaces of two layers', {name: result.latent_overlap for name, result in results.items()},
                         'mean squared cosine', 0, 1, rows='layer', columns='layer'))
-    return draw_panels('Overlap of the spaces that heads write to and read from', panels)
+    return draw_panels(f'Overlap of the spaces that heads write to and read from (of random spaces: {chance:.2f})', panels)
 
 
 if __name__ == '__main__':

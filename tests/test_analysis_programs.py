@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from analysis import NAMES, __main__, report
+from analysis import program as program_module
 from analysis.plots import Panel, draw_panels, token_labels
 from analysis.program import main, text_tokens
 from analysis_models import random_model, subject
@@ -148,7 +149,7 @@ def test_a_mistake_is_one_line(name, options, words, checkpoint, program, tmp_pa
     assert code == 2 and stderr.count('\n') == 1 and all(word in stderr for word in words), stderr
 
 
-def test_text_of_a_model_that_names_none(tmp_path, data_dir):
+def test_text_of_a_model_that_names_none(tmp_path, data_dir, monkeypatch):
     s = subject(tiny_model(GPT))
     s.source = str(tmp_path / 'ckpt.pt')
     save_checkpoint(s.source, s.model, CHARS, {}, 0)
@@ -156,7 +157,8 @@ def test_text_of_a_model_that_names_none(tmp_path, data_dir):
         text_tokens(s, '')
     (tmp_path / 'text.txt').write_text('abcabc\nabcabc abc ' * 4)
     assert len(text_tokens(s, f'FILE:{tmp_path / "text.txt"}')) == 4 * 18
-    assert [len(batch) for batch in s.windows(f'FILE:{tmp_path / "text.txt"}', 48, 16, batch_size=2)] == [2, 1]
+    monkeypatch.setattr(program_module, 'BATCH_TOKENS', 32)
+    assert [len(batch) for batch in s.windows(f'FILE:{tmp_path / "text.txt"}', 48, 16)] == [2, 1]
     with pytest.raises(UserError, match='200'):
         s.windows(f'FILE:{tmp_path / "text.txt"}', 48, 199)
     (data_dir / 'meta.pkl').unlink()

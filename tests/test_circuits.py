@@ -75,8 +75,8 @@ def test_token_vectors_are_what_ln_1_sees_behind_the_first_mlp():
     model = random_model(GPT).double()
     block, x = model.transformer.h[0], model.lm_head.weight[:5]
     bare = torch.nn.functional.layer_norm
-    assert torch.allclose(token_vectors(model, 5, first_mlp=False), bare(x, (16,)))
-    assert torch.allclose(token_vectors(model, 5), bare(x + block.mlp(block.ln_2(x)), (16,)))
+    assert torch.allclose(token_vectors(model, range(5), first_mlp=False), bare(x, (16,)))
+    assert torch.allclose(token_vectors(model, range(5)), bare(x + block.mlp(block.ln_2(x)), (16,)))
 
 
 def test_low_rank_maths():
