@@ -23,7 +23,7 @@ assets: .venv/installed
 	for name in attention_patterns copying composition subspaces latent_directions spectrum ablation similarity; do \
 		cp out_report/$$name.png assets/report_$$name.png; done
 	$(RUN) visualize_residual_space_gpt2.py --model=out_shakespeare_quick/ckpt_mla.pt \
-		--prompt="To be, or not to be, that is the question"
+		--prompt="To be, or not to be, that is the question" --out_dir=out_residual_space
 	cp out_residual_space/residual_trajectories.png assets/mlapca.png
 
 data/shakespeare_char/meta.pkl: | .venv/installed

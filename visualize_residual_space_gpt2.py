@@ -23,7 +23,7 @@ from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 
 from analysis.plots import token_labels
-from analysis.program import AnalysisConfig, as_json, load_subject, make_folder, progress, save
+from analysis.program import AnalysisConfig, as_json, default_folder, load_subject, make_folder, progress, save
 from analysis.record import residual_streams
 from checkpoint import describe
 from configurator import UserError, check_least, configure, run
@@ -37,7 +37,6 @@ EMBEDDING = 'embed'
 @dataclass
 class ResidualConfig(AnalysisConfig):
     model: str = 'gpt2'  # a checkpoint, an out_dir, the directory of a Hugging Face GPT-2, or a name such as gpt2-xl
-    out_dir: str = 'out_residual_space'  # where pictures and numbers go
     prompt: str = ''  # the text; FILE:prompt.txt reads it from a file, - from standard input; '': random tokens
     random_tokens: int = 24  # how many, where there is no prompt
     repeat: int = 1  # copies of the sequence, one after the other
@@ -261,19 +260,20 @@ def main():
     subject = load_subject(config.model, device)
     print(describe(subject.model))
     result = analyse(subject, config)
-    out_dir = make_folder(config.out_dir)
+    out_dir = make_folder(config.out_dir or default_folder(subject))
     print(f'\n{len(result.tokens)} tokens, {how(result)}; share of the variance in the two components:')
     for layer, (first, second) in zip(result.layers, result.explained):
         print(f'{layer_title(layer):>18}{first:>8.1%}{second:>8.1%}')
-    save('residual_space', as_json(result), draw_grid(subject.label, result, config.labels), config, out_dir)
+    save('residual_space', as_json(result), {'residual_space': draw_grid(subject.label, result, config.labels),
+                                             'residual_trajectories': draw_trajectories(subject.label, result, config.labels)},
+         config, out_dir)
     saved = ['residual_space.png', 'residual_trajectories.png', 'residual_space.json']
-    try:
-        draw_trajectories(subject.label, result, config.labels).savefig(out_dir / saved[1], dpi=110)
-        if config.animation:
-            saved.append('residual_space.gif')
+    if config.animation:
+        saved.append('residual_space.gif')
+        try:
             save_animation(out_dir / saved[-1], subject.label, result, config.labels)
-    except OSError as e:
-        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror or e}): give another') from None
+        except OSError as e:
+            raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror or e}): give another') from None
     print(f"\nsaved {', '.join(saved)} in {out_dir}")
 
 

@@ -41,6 +41,8 @@ class Ablation:
     mean_loss: np.ndarray  # with the head at its mean
     zero_in_context: np.ndarray  # how much the in-context loss changes: above 0, the head helps to use the context
     mean_in_context: np.ndarray
+    zero_in_context_error: np.ndarray  # standard errors of these two over the windows
+    mean_in_context_error: np.ndarray
     positions: tuple  # of the early and the late token, from 0
     in_context_error: float  # standard error of in_context over the windows
     n_windows: int
@@ -80,41 +82,48 @@ def analyse(subject, config):
     windows = subject.windows(config.text, config.max_tokens, T)
     n_windows = sum(len(idx) for idx in windows)
     means = mean_outputs(model, [idx[:, :-1] for idx in windows])
-    totals = np.zeros((len(METHODS), c.n_layer, c.n_head, 3))  # loss, early and late, summed over windows
-    whole, differences = np.zeros(3), []
+    whole = [[], []]  # loss and in-context loss of each window
+    without = {place: [[], []] for place in np.ndindex(len(METHODS), c.n_layer, c.n_head)}
 
-    def measure(x, targets):
-        losses = token_losses(model, x, targets).double()
-        return np.array([losses.mean(1).sum().item(), losses[:, early].sum().item(), losses[:, late].sum().item()]), losses
-    steps = progress([(idx, layer, head) for idx in windows for layer in range(c.n_layer) for head in range(c.n_head)], 'ablation')
-    for idx, layer, head in steps:
+    def measure(x, targets, into):
+        losses = token_losses(model, x, targets).double()  # (B, T)
+        into[0] += losses.mean(1).tolist()
+        into[1] += (losses[:, late] - losses[:, early]).tolist()
+    for idx, layer, head in progress([(idx, *place) for idx in windows for place in np.ndindex(c.n_layer, c.n_head)], 'ablation'):
         tokens, targets = idx[:, :-1], idx[:, 1:]
         if layer == head == 0:
-            entering = [block.before for block in record(model, tokens)]
-            sums, losses = measure(last(go_on(model, entering[-1], c.n_layer - 1)), targets)
-            whole += sums
-            differences += (losses[:, late] - losses[:, early]).tolist()
+            blocks = list(record(model, tokens))
+            entering = [block.before for block in blocks]
+            measure(blocks[-1].after, targets, whole)
         for number, method in enumerate(METHODS):
             def edit(at, z):
                 if at == layer:
                     z = z.clone()
                     z[:, head] = 0 if method == 'zero' else means[layer][head]
                 return z
-            totals[number, layer, head] += measure(last(go_on(model, entering[layer], layer, edit)), targets)[0]
-    whole, totals = whole / n_windows, totals / n_windows
-    rise = totals - whole
-    error = np.std(differences, ddof=1) / n_windows ** 0.5 if n_windows > 1 else np.nan
-    return Ablation(whole[0], whole[2] - whole[1], *rise[..., 0], *(rise[..., 2] - rise[..., 1]), positions=(early, late),
-                    in_context_error=float(error), n_windows=n_windows, top=config.top)
+            measure(last(go_on(model, entering[layer], layer, edit)), targets, without[number, layer, head])
+    whole = np.array(whole)  # (2, n_windows)
+    changes = np.array(list(without.values())).reshape(len(METHODS), c.n_layer, c.n_head, 2, n_windows) - whole
+    rise = changes.mean(-1)
+    errors = standard_error(changes[..., 1, :])
+    return Ablation(*whole.mean(1).tolist(), *rise[..., 0], *rise[..., 1], *errors, positions=(early, late),
+                    in_context_error=float(standard_error(whole[1])), n_windows=n_windows, top=config.top)
+
+
+def standard_error(samples):
+    """Of the mean over the last dimension; nan for a single sample."""
+    n = samples.shape[-1]
+    return samples.std(-1, ddof=1) / n ** 0.5 if n > 1 else np.full(samples.shape[:-1], np.nan)
 
 
 def table(result):
     lines = [f'loss {result.loss:.4f} nats, in-context loss {result.in_context:+.3f} +- {result.in_context_error:.3f} '
              f'(token {result.positions[1] + 1} less token {result.positions[0] + 1}, {result.n_windows} windows)', '',
-             f'{"head":>6}{"loss, zero":>13}{"loss, mean":>13}{"in-context, zero":>19}{"in-context, mean":>19}     change in nats']
+             f'{"head":>6}{"loss, zero":>13}{"loss, mean":>13}{"in-context, zero":>20}{"in-context, mean":>20}     change in nats']
     for place in top_heads(result.mean_loss, result.top):
         lines.append(f'{f"{place[0]}.{place[1]}":>6}{result.zero_loss[place]:>+13.4f}{result.mean_loss[place]:>+13.4f}'
-                     f'{result.zero_in_context[place]:>+19.4f}{result.mean_in_context[place]:>+19.4f}')
+                     f'{result.zero_in_context[place]:>+11.3f} +- {result.zero_in_context_error[place]:.3f}'
+                     f'{result.mean_in_context[place]:>+11.3f} +- {result.mean_in_context_error[place]:.3f}')
     return '\n'.join(lines)
 
 

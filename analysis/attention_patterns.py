@@ -6,7 +6,7 @@ the same token in the first. The entropy of a pattern's rows is given in nats an
 attention spread evenly. Positions that have no choice (the first one) do not count.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class Patterns:
     entropy: np.ndarray  # (n_layer, n_head) mean over positions, nats
     relative_entropy: np.ndarray  # as a share of the entropy of even attention
     threshold: float
+    prompt_tokens: list = field(default_factory=list)  # texts of the tokens of the prompt, if there was one
+    prompt_patterns: dict = field(default_factory=dict)  # layer.head -> its pattern over them (T, T)
 
 
 KINDS = {'previous': 'previous token', 'current': 'current token', 'first': 'first token', 'duplicate': 'duplicate token'}
@@ -62,6 +64,8 @@ def analyse(subject, config):
             for kind, values in found.items():
                 sums[kind][block.layer] += values.mean(-1).sum(0).cpu().numpy()
     result = Patterns(**{kind: total / len(idx) for kind, total in sums.items()}, threshold=config.threshold)
+    if config.prompt:
+        result.prompt_tokens, result.prompt_patterns = over_prompt(subject, config, result)
     return result
 
 
@@ -97,43 +101,40 @@ def plot(results):
     return draw_panels('Where heads look, over repeated random tokens', panels)
 
 
-def draw_prompt(subject, config, result):
-    """A Figure of the patterns of some heads over the tokens of config.prompt."""
+def over_prompt(subject, config, result):
+    """The texts of the tokens of config.prompt, and by its name the pattern (T, T) of each head that is to be drawn."""
     c = subject.model.config
     heads = read_heads(config.heads, c.n_layer, c.n_head) if config.heads else list(dict.fromkeys(
         top_heads(getattr(result, kind), 1)[0] for kind in KINDS))
     ids = subject.tokens('prompt', config.prompt)
     if len(ids) > c.block_size:
         raise UserError(f'prompt has {len(ids)} tokens, which do not fit into block_size={c.block_size}: give a shorter one')
-    patterns = {(block.layer, head): block.pattern()[0, head].cpu() for block in
-                record(subject.model, torch.tensor([ids], device=subject.device))
+    patterns = {f'{block.layer}.{head}': block.pattern()[0, head].cpu().numpy()
+                for block in record(subject.model, torch.tensor([ids], device=subject.device))
                 for layer, head in heads if layer == block.layer}
-    labels, columns = token_labels(subject.tokenizer, ids), min(len(heads), 3)
-    size = max(3.2, 0.16 * len(ids) + 1)
-    rows = -(-len(heads) // columns)
+    return token_labels(subject.tokenizer, ids), patterns
+
+
+def plot_prompt(label, result):
+    """A Figure of the patterns over the prompt; None where there was none."""
+    if not result.prompt_tokens:
+        return None
+    labels, columns = result.prompt_tokens, min(len(result.prompt_patterns), 3)
+    size, rows = max(3.2, 0.16 * len(labels) + 1), -(-len(result.prompt_patterns) // columns)
     figure = Figure(figsize=(size * columns + 1, size * rows + 0.6), layout='constrained')
-    figure.suptitle(f'Attention patterns of {subject.source}', fontsize=11)
+    figure.suptitle(f'Attention patterns of {label}', fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat[len(heads):]:
+    for ax in axes.flat[len(result.prompt_patterns):]:
         ax.axis('off')
-    for ax, (layer, head) in zip(axes.flat, heads):
-        image = ax.imshow(patterns[layer, head], vmin=0, vmax=1, cmap='Blues')
-        ax.set_title(f'head {layer}.{head}', fontsize=9)
-        ax.set_xticks(range(len(ids)), labels, rotation=90, fontsize=7, parse_math=False)
-        ax.set_yticks(range(len(ids)), labels, fontsize=7, parse_math=False)
+    for ax, (head, pattern) in zip(axes.flat, result.prompt_patterns.items()):
+        image = ax.imshow(pattern, vmin=0, vmax=1, cmap='Blues')
+        ax.set_title(f'head {head}', fontsize=9)
+        ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, parse_math=False)
+        ax.set_yticks(range(len(labels)), labels, fontsize=7, parse_math=False)
         ax.set(xlabel='attended token', ylabel='attending token')
     figure.colorbar(image, ax=axes, label='attention', shrink=0.8)
     return figure
 
 
-def analyse_and_draw(subject, config):
-    result = analyse(subject, config)
-    if config.prompt:
-        path = f'{config.out_dir}/attention_patterns_prompt.png'
-        draw_prompt(subject, config, result).savefig(path, dpi=110)
-        print(f'saved {path}')
-    return result
-
-
 if __name__ == '__main__':
-    run(lambda: main('attention_patterns', Config, analyse_and_draw, table, plot))
+    run(lambda: main('attention_patterns', Config, analyse, table, plot, plot_prompt))

@@ -8,7 +8,8 @@ Elhage et al. 2021, "Analyzing a Two-Layer Model", for maps of row vectors, with
     V-composition    |OV_1 OV_2|    / (|OV_1| |OV_2|)          in Frobenius norms
 
 less what random matrices of the same shape give, so that 0 is chance. 1 is possible for maps of rank 1 alone: two that use
-all of r directions alike, the same ones, have 1 / sqrt(r).
+all of r directions alike, the same ones, have 1 / sqrt(r). Chance and its spread are those of heads that share nothing; the heads of an
+MLA layer share its latent, and where they have learned nothing their scores scatter somewhat more around the same mean.
 """
 
 from dataclasses import dataclass

@@ -6,9 +6,13 @@ The full OV circuit of a head, W_E W_V W_O W_U, says how reading one token chang
 sum(l) / sum(|l|) is 1 for a head that copies everything and -1 for one that negates. As a product of maps through a narrow
 head it has at most head_dim eigenvalues other than 0: those of the small matrix (W_O W_U)(W_E W_V).
 
-The top-5 score (Wang et al. 2023, section 3.1) reads a name as it is behind the first MLP, puts it through the head alone
-and the final norm, and counts how often the name is among the five likeliest tokens; with the head's sign turned, it counts
-how often the head suppresses it. A character model has no names: there every character is tried.
+The top-5 score, after Wang et al. 2023, section 3.1, reads a name as it is behind the first MLP (in layer 0: its embedding),
+puts it through the head alone and the final norm, and counts how often the name is among the five likeliest tokens; with the
+head's sign turned, it counts how often the head suppresses it. Where they take the names from prompts, here each stands alone:
+without a position, without what attention adds in the first block, and without biases. A character model has no names: there
+every character is tried.
+
+The two need not agree: the eigenvalues are of all tokens' bare embeddings, weighed by their length.
 """
 
 from dataclasses import dataclass
@@ -64,12 +68,13 @@ def analyse(subject, config):
     UE = folded_unembedding(model, n_vocab) @ folded_embedding(model, n_vocab)
     names = torch.tensor(single_token_names(subject.tokenizer) if subject.spec == 'gpt2' else range(n_vocab),
                          device=subject.device)
-    vectors = token_vectors(model, names)
+    bare, behind_mlp = (token_vectors(model, names, first_mlp) for first_mlp in (False, True))
     shape = model.config.n_layer, model.config.n_head
     score, top5, bottom5 = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for place in progress(list(np.ndindex(shape)), 'copying'):
         W_V, W_O = heads.W_V[place], heads.W_O[place]
         score[place] = eigenvalue_score(W_V, W_O, UE)
+        vectors = behind_mlp if place[0] else bare
         top5[place], bottom5[place] = top5_scores(model, names, vectors, W_V, W_O, n_vocab)
     return Copying(score, top5, bottom5, len(names), n_vocab)
 

@@ -1,8 +1,9 @@
 """
 Which heads do induction: attend from a token to what followed its last occurrence.
 
-The prefix-matching score of a head (Olsson et al. 2022, "In-context Learning and Induction Heads", section "Argument 4")
-is its mean attention, over the second copy of repeated random tokens, to the token after the same token's first occurrence.
+The prefix-matching score of a head (Olsson et al. 2022, "In-context Learning and Induction Heads", appendix "Head Activation
+Evaluators") is its mean attention, over the second copy of repeated random tokens, to the token after the same token's first
+occurrence. They repeat 25 tokens three times more, behind a start token; here it is one repetition, without it.
 """
 
 from dataclasses import dataclass

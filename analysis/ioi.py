@@ -2,11 +2,13 @@
 Does the model solve indirect-object identification, and by which heads?
 
 "When Mary and John went to the store, John gave a drink to" ends in Mary, the indirect object (IO), not in John, the
-subject (S). Wang et al. 2023, "Interpretability in the Wild". Prompts come from templates, in both orders of the two names.
+subject (S). The task is that of Wang et al. 2023, "Interpretability in the Wild", who patch paths where here a head's whole
+output is patched. Prompts come from templates of our own, in both orders of the two names.
 
     logit difference      logit(IO) - logit(S) after the prompt; share of prompts in which it is above 0
-    direct attribution    what each head adds to it on the direct path: what it writes at the last token, through the final
-                          norm with the scale that it has; all parts of the model add up to the logit difference
+    direct attribution    what each head adds to it on the direct path: what it writes at the last token (its share of the
+                          value bias included), through the final norm with the scale that it has; all parts of the model add
+                          up to the logit difference
     activation patching   the same prompts with three other names (corrupted) in place of the two; one head's output, at the
                           positions of one role, is set to what it is in the clean prompt. How much of the logit difference
                           comes back: 0 none, 1 all of it
@@ -40,6 +42,7 @@ NAMES = ('Mary John Tom James Sarah Anna Michael David Robert Peter Paul Mark Da
          'Jason Justin Scott Brandon Benjamin Samuel Gregory Patrick Jack Tyler Aaron Nathan Adam Kyle Carl Arthur Sean '
          'Christian Simon Max Luke Lucy Kelly Maria Sara Victoria Lauren Emily Hannah Martha Alan Roy Louis Philip Dean '
          'Ian Frank Fred Bruce Neil Craig Stephen Martin').split()
+LEAST_GAP = 0.05  # nats: less is no difference of which shares could be restored
 ROLES = ('IO', 'S1', 'S1+1', 'S2', 'END', 'others')
 
 
@@ -64,7 +67,7 @@ class IOI:
     rest: float  # of embeddings and biases; all attributions add up to logit_difference
     corrupted: float  # logit difference of the corrupted prompts that are patched; nan if none were
     clean: float  # and of the same with their own names
-    restored: np.ndarray  # (n_layer, n_head, role) of the difference between the two; nan where there is none
+    restored: np.ndarray  # (n_layer, n_head, role) of the difference between the two; nan where that is below LEAST_GAP
     roles: tuple
     top: int
 
@@ -79,8 +82,8 @@ class Prompts:
     roles: torch.Tensor  # (role, B, T) where each role stands
 
     def first(self, count):
-        """The first count prompts of either order."""
-        half = len(self.idx) // 2
+        """The first count prompts, half of them in either order; all of them where there are no more."""
+        count, half = min(count, len(self.idx)), (len(self.idx) + 1) // 2
         keep = [*range((count + 1) // 2), *range(half, half + count // 2)]
         return Prompts(self.idx[keep], self.io[keep], self.s[keep], self.end[keep], self.roles[:, keep])
 
@@ -203,7 +206,7 @@ def analyse(subject, config):
     if config.patch_prompts:
         patched, *ends = patch(model, clean.first(config.patch_prompts), corrupted.first(config.patch_prompts))
         ends = [end.mean().item() for end in ends]
-        if abs(ends[0] - ends[1]) > 1e-6:
+        if abs(ends[0] - ends[1]) >= LEAST_GAP:
             restored = (patched.mean(-1).double().numpy() - ends[1]) / (ends[0] - ends[1])
     return IOI(differences.mean().item(), differences.std().item(), (differences > 0).double().mean().item(),
                heads.mean(-1).cpu().numpy(), mlps.mean(-1).cpu().numpy(), rest.mean().item(), corrupted=ends[1], clean=ends[0],
@@ -222,6 +225,8 @@ def table(result):
         order = np.argsort(-abs(result.restored), axis=None, kind='stable')[:result.top]
         for layer, head, role in zip(*np.unravel_index(order, result.restored.shape)):
             lines.append(f'{f"{layer}.{head}":>8} at {result.roles[role]:<7}{result.restored[layer, head, role]:>+7.1%}')
+    elif np.isfinite(result.clean):
+        lines += ['', f'patching: other names change {result.clean:.2f} to {result.corrupted:.2f} nats, too little to restore']
     return '\n'.join(lines)
 
 

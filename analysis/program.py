@@ -33,14 +33,12 @@ BATCH_TOKENS = 2048  # at once, whose logits over GPT-2's vocabulary take 400 MB
 @dataclass
 class AnalysisConfig:
     model: str = ''  # a checkpoint, an out_dir, the directory of a Hugging Face GPT-2, or a name such as gpt2
-    out_dir: str = 'out_analysis'  # where picture and numbers go
+    out_dir: str = ''  # where picture and numbers go; '': out_analysis/ and the name of the model
     seed: int = 1337  # of all that is drawn at random
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 
     def __post_init__(self):
         check_least(self, seed=0)
-        if not self.out_dir:
-            raise ValueError('out_dir is empty: give a folder')
 
 
 @dataclass
@@ -112,17 +110,27 @@ def progress(items, what):
     return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
-def main(name, Config, analyse, table, plot):
-    """The program of one analysis."""
+def main(name, Config, analyse, table, plot, plot_prompt=None):
+    """The program of one analysis. plot_prompt(label, result), if given, may return a second Figure."""
     config, _ = configure(sys.argv[1:], Config)
     device, _ = pick_device(config.device)
     subject = load_subject(config.model, device)
     print(describe(subject.model))
-    out_dir = make_folder(config.out_dir)
+    out_dir = make_folder(config.out_dir or default_folder(subject))
     result = analyse(subject, config)
     print(f'\n{table(result)}\n')
-    save(name, as_json(result), plot({subject.label: result}), config, out_dir)
-    print(f'saved {out_dir / name}.png and {name}.json')
+    figures = {name: plot({subject.label: result})}
+    if plot_prompt and (figure := plot_prompt(subject.label, result)):
+        figures[f'{name}_prompt'] = figure
+    save(name, as_json(result), figures, config, out_dir)
+    print(f"saved {', '.join(f'{picture}.png' for picture in figures)} and {name}.json in {out_dir}")
+
+
+def default_folder(subject):
+    """A folder of its own for each model, so that the numbers of one do not replace those of another."""
+    source = Path(subject.source)
+    *folders, name = [part for part in (source.resolve() if source.exists() else source).parts if part != '/']
+    return Path('out_analysis', *folders[-1:], name.removesuffix('.pt'))
 
 
 def make_folder(out_dir):
@@ -133,10 +141,11 @@ def make_folder(out_dir):
     return Path(out_dir)
 
 
-def save(name, numbers, figure, config, out_dir):
-    """Write the picture and the numbers, a dictionary, with the settings that led to them. Raises UserError."""
+def save(name, numbers, figures, config, out_dir):
+    """Write figures, by name, and the numbers, a dictionary, with the settings that led to them. Raises UserError."""
     try:
-        figure.savefig(out_dir / f'{name}.png', dpi=110)
+        for picture, figure in figures.items():
+            figure.savefig(out_dir / f'{picture}.png', dpi=110)
         text = json.dumps({'settings': dataclasses.asdict(config), **numbers}, allow_nan=False)
         (out_dir / f'{name}.json').write_text(text + '\n')
     except OSError as e:

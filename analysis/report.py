@@ -53,7 +53,7 @@ pre {{ background: #f5f5f5; padding: 0.8em; overflow-x: auto; font-size: 0.8em; 
 class Config(AnalysisConfig):
     model: str = ''  # the MHA model: a checkpoint, an out_dir, a Hugging Face directory, or gpt2
     other: str = ''  # the MLA model, or another one
-    out_dir: str = 'out_report'  # where report.html goes, and picture and numbers of each part
+    out_dir: str = ''  # where report.html goes, and picture and numbers of each part; '': out_report
     text: str = ''  # for the parts that read one: FILE:book.txt or a dataset; '': the val split that each checkpoint names
 
 
@@ -104,7 +104,7 @@ def main():
     subjects = dict(zip(labels, pair))
     for label, subject in subjects.items():
         subject.label = label
-    out_dir = make_folder(config.out_dir)
+    out_dir = make_folder(config.out_dir or 'out_report')
     body = ['<h1>MHA and MLA taken apart</h1>', '<ul>']
     for label, subject in subjects.items():
         print(f'{label}: {describe(subject.model)}')
@@ -113,7 +113,7 @@ def main():
     for name in progress(list(PARTS), 'report'):
         module, results, left_out = run_part(name, subjects, config)
         if results:
-            save(name, as_json(results), module.plot(results), settings(module, config, config.model), out_dir)
+            save(name, as_json(results), {name: module.plot(results)}, settings(module, config, config.model), out_dir)
         for line in left_out:
             print(f'{name}: left out for {line}')
         body.append(section(name, module, results, left_out, out_dir))

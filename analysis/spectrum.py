@@ -8,10 +8,16 @@ Noise has a known edge. The eigenvalues of X^T X for a matrix X (n, p) of indepe
 (1 + sqrt(p/n))^2 times their mean (Marchenko and Pastur 1967); for products of such matrices, as W_Q W_K^T is one, the edge
 follows from the S-transform of free probability (Burda et al. 2010): with c_1, c_2, ... the number p of eigenvalues over each of
 the other dimensions, they are at most the minimum over z > 0 of (1 + z) / z * (1 + c_1 z)(1 + c_2 z)... The mean is taken
-over what is no outlier. Where keys and values are read through a narrower latent, noise would be too, which is one factor more.
+over what is no outlier.
+
+MLA's keys and values are read through a narrower latent, and so would noise be: one factor more, and a wider edge. Outliers are
+counted against both: noise through the model's own latent, of which a model that has learned nothing has none, and noise
+without one (common), the same yardstick for both attentions. The two can order MHA and MLA differently.
+Noise here has entries of one variance. Gains of ln_1 that differ by half or more between dimensions look like outliers too.
 
 Over a text the same is asked of the scores q k^T (keys less their mean, which no softmax feels) and of what the heads write
-for each token read, v W_O (less its mean). Of these the outliers are against independent tokens, which no text has.
+for each token read, v W_O (less its mean). Noise there would be independent tokens with uncorrelated coordinates of one size,
+and no text is like it, so that most singular values are outliers; the effective rank says more.
 """
 
 import math
@@ -46,7 +52,8 @@ class Spectra:
     """Of one product in all heads."""
     singular_values: np.ndarray  # (n_layer, n_head, head_dim) largest first
     effective_rank: np.ndarray  # (n_layer, n_head)
-    outliers: np.ndarray  # (n_layer, n_head) number of singular values beyond the edge of noise
+    outliers: np.ndarray  # (n_layer, n_head) number of singular values beyond the edge of noise through the same latent
+    outliers_common: np.ndarray  # (n_layer, n_head) beyond the edge of noise that is read through none
 
 
 @dataclass
@@ -82,13 +89,17 @@ def noise_edge(p, ratios):
 
 
 def count_outliers(singular_values, ratios):
-    """How many of singular_values (p,) lie beyond the edge of noise, whose scale is that of those that do not."""
+    """How many of singular_values (p,) lie beyond the edge of noise, whose scale is that of those that do not. It goes
+    outwards from the middle, so that it finds at most half of them: large ones, had they a part in the scale, would hide
+    behind each other."""
     eigenvalues = np.sort(np.asarray(singular_values, dtype=float))[::-1] ** 2
-    for count in range(len(eigenvalues)):
-        bulk = eigenvalues[count:]
-        if bulk[0] <= noise_edge(len(bulk), tuple(c * len(bulk) / len(eigenvalues) for c in ratios)) * bulk.mean():
-            return count
-    return len(eigenvalues)
+    p = len(eigenvalues)
+    for place in range(p // 2, -1, -1):
+        rest = eigenvalues[place:]
+        without = tuple((p - place) / (p / c - place) for c in ratios)  # outliers take their dimensions with them
+        if rest[0] > noise_edge(len(rest), without) * rest.mean():
+            return place + 1
+    return 0
 
 
 def marchenko_pastur_outliers(X):
@@ -97,21 +108,24 @@ def marchenko_pastur_outliers(X):
     return count_outliers(torch.linalg.svdvals(X).cpu(), (p / n,))
 
 
-def spectra(A, B, ratios):
-    """Spectra of the products A B of all heads, A (n_layer, n_head, n, r) and B (n_layer, n_head, r, m); ratios of each
-    layer as in noise_edge."""
-    values = product_singular_values(A, B)
-    outliers = np.array([[count_outliers(head.cpu(), ratio) for head in layer] for layer, ratio in zip(values, ratios)])
-    return Spectra(values.cpu().numpy(), effective_rank(values).cpu().numpy(), outliers)
+def spectra(A, B, n, m, latents):
+    """Spectra of the products A B of all heads, A (n_layer, n_head, n, r) and B (n_layer, n_head, r, m). n and m are the
+    dimensions that count for noise, latents (n_layer) those of what it would be read through, None for nothing."""
+    values, r = product_singular_values(A, B), A.size(-1)
+
+    def count(layer, latent):
+        return [count_outliers(head.cpu(), (r / n, r / m) + ((r / latent,) if latent else ())) for head in layer]
+    return Spectra(values.cpu().numpy(), effective_rank(values).cpu().numpy(),
+                   np.array([count(layer, latent) for layer, latent in zip(values, latents)]),
+                   np.array([count(layer, None) for layer in values]))
 
 
 def of_weights(model):
     heads = folded_heads(model)
-    n, r = heads.W_Q.shape[-2:]
+    n = heads.W_Q.size(-2) - 1  # the centring takes one dimension away
     ranks = [joint_reading_space(heads, layer).size(1) for layer in range(len(heads.W_Q))]
-    # the centring takes one dimension away; a joint space of all of them is no bottleneck
-    ratios = [(r / (n - 1), r / (n - 1)) + ((r / rank,) if rank < n - 1 else ()) for rank in ranks]
-    return {'QK': spectra(heads.W_Q, heads.W_K.mT, ratios), 'OV': spectra(heads.W_V, heads.W_O, ratios)}
+    latents = [rank if rank < n else None for rank in ranks]
+    return {'QK': spectra(heads.W_Q, heads.W_K.mT, n, n, latents), 'OV': spectra(heads.W_V, heads.W_O, n, n, latents)}
 
 
 def of_activations(model, windows):
@@ -124,11 +138,11 @@ def of_activations(model, windows):
     for block, parts in zip(model.transformer.h, per_layer):
         q, k, v = torch.cat(parts, dim=2).double()  # each (n_head, tokens, head_dim)
         W_O = centred(block.attn.head_weights()[-1].detach().double())
-        n_tokens, r, n = q.size(1), q.size(2), W_O.size(-1) - 1
-        found['QK'].append(spectra(q[None], centred(k, 1).mT[None], [(r / n_tokens, r / n_tokens)]))
-        found['OV'].append(spectra(centred(v, 1)[None], W_O[None], [(r / n_tokens, r / n)]))
+        n_tokens = q.size(1)
+        found['QK'].append(spectra(q[None], centred(k, 1).mT[None], n_tokens, n_tokens, [None]))
+        found['OV'].append(spectra(centred(v, 1)[None], W_O[None], n_tokens, W_O.size(-1) - 1, [None]))
     return {name: Spectra(*(np.concatenate([getattr(one, field) for one in layers]) for field in
-                            ('singular_values', 'effective_rank', 'outliers'))) for name, layers in found.items()}
+                            ('singular_values', 'effective_rank', 'outliers', 'outliers_common'))) for name, layers in found.items()}
 
 
 def analyse(subject, config):
@@ -142,16 +156,21 @@ def analyse(subject, config):
         return Spectrum(weights, {}, 0)  # no text is known, and none was asked for
     windows = [idx[:, :-1] for idx in windows]
     n_tokens = sum(idx.numel() for idx in windows)
+    head_dim = subject.model.config.n_embd // subject.model.config.n_head
+    if n_tokens < 2 * head_dim:
+        raise UserError(f'spectrum has only {n_tokens} tokens for heads of {head_dim} dimensions: give a longer text, and '
+                        f'max_tokens={2 * head_dim} or more')
     return Spectrum(weights, of_activations(subject.model, windows), n_tokens)
 
 
 def table(result):
     parts = {'weights': result.weights, f'{result.n_tokens:,} tokens': result.activations}
-    lines = [f'{"":>18}{"product":>11}   effective rank (outliers) by layer, mean over heads']
+    lines = [f'{"":>18}{"product":>11}   effective rank (outliers against noise of its own kind, against common noise) by layer, '
+             'mean over heads']
     for where, spectra in parts.items():
         for name, found in spectra.items():
-            cells = '  '.join(f'{rank:.1f} ({count:.1f})' for rank, count in
-                              zip(found.effective_rank.mean(1), found.outliers.mean(1)))
+            cells = '  '.join(f'{rank:.1f} ({own:.1f}, {common:.1f})' for rank, own, common in
+                              zip(found.effective_rank.mean(1), found.outliers.mean(1), found.outliers_common.mean(1)))
             lines.append(f'{where:>18}{PRODUCTS[name] if where == "weights" else name:>11}   {cells}')
     if not result.activations:
         lines.append('no activations: give --text=FILE:book.txt')
@@ -176,8 +195,9 @@ def plot(results):
                     ax.semilogy(np.arange(1, r + 1), np.maximum(values / max(values[0], 1e-300), 1e-6), color=f'C{layer % 10}',
                                 linewidth=0.8, alpha=0.7, label=f'layer {layer}' if head == 0 else None)
             what = PRODUCTS[product] if where == 'weights' else {'QK': 'scores q k^T', 'OV': 'written v W_O'}[product]
-            ax.set_title(f'{name}: {what}, {where}\neffective rank {found.effective_rank.mean():.1f} of {r}, '
-                         f'{found.outliers.mean():.1f} outliers a head', fontsize=9)
+            outliers = f', outliers {found.outliers.mean():.1f} (against common noise {found.outliers_common.mean():.1f})'
+            ax.set_title(f'{name}: {what}, {where}\nmean effective rank {found.effective_rank.mean():.1f} of {r}'
+                         f'{outliers if where == "weights" else ""}', fontsize=9)
             ax.set_ylabel('singular value / largest')
     for ax in axes[-1]:
         ax.set_xlabel('number of the singular value')

@@ -36,7 +36,7 @@ class Subspaces:
     chance: dict  # of each pair, the overlap of random spaces of the same size
     smallest_angle: dict  # of each pair, (heads, heads), the smallest principal angle in degrees
     within: dict  # of each pair, the mean overlap between different heads of one layer
-    across: dict  # and between heads of different layers
+    across: dict  # and between heads of different layers, where one writes and one reads those in which the reader is later
     angles_within: dict  # of each pair, (head_dim,) principal angles in degrees, smallest first, mean over the same
     angles_across: dict  # where a space has fewer dimensions than head_dim, the missing angles count as 90
     latent_rank: list  # dimensions that the keys and values of each layer read together
@@ -89,7 +89,7 @@ def analyse(subject, config):
     latents = [joint_reading_space(heads, number) for number in range(n_layer)]
     ranks = np.array([latent.size(1) for latent in latents])
     result = Subspaces(heads.names, {}, {}, {}, {}, {}, {}, {}, ranks.tolist(), np.zeros((n_layer, n_layer)),
-                       np.maximum.outer(ranks, ranks) / n_dimensions, float(np.mean(heads.W_K.size(-1) / ranks.clip(min=1))))
+                       np.maximum.outer(ranks, ranks) / n_dimensions, float(np.mean(np.minimum(heads.W_K.size(-1), ranks) / ranks.clip(min=1))))
     for first, second in progress(PAIRS, 'subspaces'):
         pair, (A, sizes), (B, other_sizes) = f'{first}-{second}', bases[first], bases[second]
         squares = torch.stack([squared_cosines(one, B) for one in A])  # (heads, heads, head_dim)
@@ -97,7 +97,8 @@ def analyse(subject, config):
         angles = degrees(squares).cpu().numpy()
         result.overlap[pair], result.smallest_angle[pair] = overlap, angles[..., 0]
         result.chance[pair] = (torch.maximum(sizes[:, None], other_sizes).double().mean() / n_dimensions).item()
-        pairs_within, pairs_across = same_layer & ~np.eye(len(layer), dtype=bool), ~same_layer
+        pairs_within = same_layer & ~np.eye(len(layer), dtype=bool)
+        pairs_across = layer[:, None] < layer if first == 'output' != second else ~same_layer  # what later heads can read
         result.within[pair], result.across[pair] = (float(mean_where(overlap, w)) for w in (pairs_within, pairs_across))
         result.angles_within[pair], result.angles_across[pair] = (mean_where(angles, w) for w in (pairs_within, pairs_across))
     for i, j in np.ndindex(n_layer, n_layer):

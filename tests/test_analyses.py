@@ -99,6 +99,18 @@ def test_prompts_say_what_they_should():
         assert torch.equal(clean.roles[:, i].sum(0), (torch.arange(clean.idx.size(1)) < end).long())
 
 
+@pytest.mark.parametrize('count, wanted', [(2, 8), (7, 4), (8, 3), (16, 8)])
+def test_some_of_the_prompts_are_of_both_orders(count, wanted):
+    clean, corrupted = ioi.make_prompts(gpt2_like(), count, seed=1)
+    for prompts in (clean.first(wanted), corrupted.first(wanted)):
+        n = min(count, wanted)
+        assert len(prompts.idx) == len(prompts.io) == prompts.roles.size(1) == n
+        assert len({tuple(row) for row in prompts.idx.tolist()}) == n
+    positions = clean.first(wanted).roles.int().argmax(-1)  # of IO and S1
+    assert (positions[0] < positions[1]).sum() == -(-min(count, wanted) // 2)
+    ioi.analyse(gpt2_like(), ioi.Config(prompts=count, patch_prompts=wanted))
+
+
 def test_all_names_are_single_tokens():
     names = ioi.single_token_names(gpt2_like().tokenizer)
     assert len(set(names)) > 60
@@ -219,6 +231,7 @@ def test_ablation_is_the_loss_with_the_heads_weights_at_zero(model_class, data_d
             without.transformer.h[layer].attn.c_proj.weight.data[:, 8 * head:8 * head + 8] = 0
             expected = measure(without)
             assert result.zero_loss[layer, head] == pytest.approx(expected[0] - loss, abs=1e-5)
+            assert result.zero_in_context_error[layer, head] > 0
             assert result.zero_in_context[layer, head] == pytest.approx(expected[1] - in_context, abs=1e-4)
 
             def at_mean(number, z):

@@ -40,8 +40,7 @@ def entry(name):
     module = importlib.import_module(f'analysis.{name}')
     if name == 'report':
         return module.main
-    analyse = module.analyse_and_draw if name == 'attention_patterns' else module.analyse
-    return lambda: main(name, module.Config, analyse, module.table, module.plot)
+    return lambda: main(name, module.Config, module.analyse, module.table, module.plot, getattr(module, 'plot_prompt', None))
 
 
 def saved(out_dir, name):
@@ -81,6 +80,24 @@ def test_a_nanogpt_checkpoint_is_taken_apart(program, tmp_path):
                tmp_path / 'ckpt.pt')
     code, stdout, stderr = program(entry('induction_heads'), f'--model={tmp_path / "ckpt.pt"}', f'--out_dir={tmp_path / "a"}')
     assert code == 0, stderr
+
+
+def test_a_prompt_is_drawn_with_the_heads_asked_for(checkpoint, program, tmp_path):
+    options = [f'--model={checkpoint(GPT)}', f'--out_dir={tmp_path / "a"}', '--prompt=abc abc']
+    code, stdout, stderr = program(entry('attention_patterns'), *options, '--heads=1.0,0.1')
+    assert code == 0 and 'attention_patterns_prompt.png' in stdout, stderr
+    assert (tmp_path / 'a' / 'attention_patterns_prompt.png').exists()
+    numbers = saved(tmp_path / 'a', 'attention_patterns')
+    assert numbers['prompt_tokens'] == list('abc␣abc') and list(numbers['prompt_patterns']) == ['0.1', '1.0']
+    assert np.sum(numbers['prompt_patterns']['0.1'], axis=1) == pytest.approx(np.ones(7), abs=1e-4)
+
+
+def test_each_model_has_a_folder_of_its_own(checkpoint, program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('ckpt.pt', 'ckpt_mla.pt'):
+        program(entry('induction_heads'), f'--model={checkpoint(GPT, name)}')
+    found = sorted(path.relative_to(tmp_path / 'out_analysis' / tmp_path.name) for path in tmp_path.glob('out_analysis/**/*.json'))
+    assert list(map(str, found)) == ['ckpt/induction_heads.json', 'ckpt_mla/induction_heads.json']
 
 
 @pytest.mark.parametrize('other', [GPT, GPT_KAhead])

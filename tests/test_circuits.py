@@ -189,11 +189,19 @@ def test_overlaps_of_a_model_with_known_spaces():
     assert result.latent_rank == [15]
 
 
+def test_across_layers_only_what_a_later_head_can_read_counts():
+    model = random_model(GPT, n_layer=2)
+    result = subspaces.analyse(subject(model), subspaces.Config())
+    assert result.across['output-value'] == pytest.approx(result.overlap['output-value'][:2, 2:].mean())
+    assert result.across['value-value'] == pytest.approx(result.overlap['value-value'][:2, 2:].mean())  # symmetric
+
+
 def test_heads_of_an_mla_model_share_its_latent():
     result = subspaces.analyse(subject(random_model(GPT_MLA, n_latent=8, n_embd=32)), subspaces.Config())
     assert result.latent_rank == [8, 8]
     assert result.within['key-key'] == pytest.approx(1)  # 16 dimensions a head, of which only those 8 can be read
     assert result.across['key-key'] < 0.6 and result.chance['key-key'] == pytest.approx(8 / 31)
+    assert result.chance_in_latent == 1
 
 
 # spectrum
@@ -224,6 +232,15 @@ def test_the_edge_of_noise():
         assert above <= 6  # 0.3 expected of 300
 
 
+@pytest.mark.parametrize('spikes', [1, 4, 9])
+def test_many_equal_spikes_do_not_hide_behind_each_other(spikes):
+    """In a product read through a latent of 24, of 16 singular values."""
+    noise = torch.linalg.multi_dot([rand(63, 24, seed=1), rand(24, 16, seed=2), rand(16, 63, seed=3)])
+    U, V = (torch.linalg.qr(rand(63, spikes, seed=seed)).Q for seed in (4, 5))
+    values = torch.linalg.svdvals(noise + 1e3 * torch.linalg.matrix_norm(noise, 2) * U @ V.T)[:16]
+    assert spectrum.count_outliers(values, (16 / 63, 16 / 24, 16 / 63)) == spikes
+
+
 def test_effective_rank():
     assert spectrum.effective_rank(torch.ones(3, 7)).tolist() == pytest.approx([7] * 3)
     assert spectrum.effective_rank(torch.tensor([5.0, 0, 0])).item() == pytest.approx(1)
@@ -235,6 +252,7 @@ def test_a_model_that_has_learned_nothing_has_no_outliers_and_a_spike_is_found(m
     model = tiny_model(model_class, n_head=4, n_embd=64)
     weights = spectrum.of_weights(model)
     assert weights['QK'].outliers.sum() == weights['OV'].outliers.sum() == 0
+    assert model_class is GPT_MLA or weights['OV'].outliers_common.sum() == 0
     assert weights['OV'].singular_values.shape == (2, 4, 16)
     model.transformer.h[1].attn.c_proj.weight.data[:, :16] += 0.3 * rand(64, 1) @ rand(1, 16)
     weights = spectrum.of_weights(model)
