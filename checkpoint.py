@@ -6,6 +6,9 @@ No random generator's state is stored: train.py seeds torch anew for every micro
 """
 
 import os
+import re
+import shutil
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,13 +29,18 @@ def checkpoint_path(out_dir, model_type):
     return Path(out_dir) / ('ckpt.pt' if model_type == 'gpt' else f'ckpt_{model_type}.pt')
 
 
-def save_checkpoint(path, model, tokenizer, config, iter_num, **state):
-    """Write a model and the state of its run: config is a dictionary of settings, state what else to remember, such as
-    the optimizer's. The file at path is either the old one or the new one, never half of it. Raises OSError where
-    it cannot be written."""
+def last_path(path):
+    """Where the newest state of a run lies when the checkpoint at path is an older, better one."""
+    return path.with_name(f'{path.stem}_last.pt')
+
+
+def save_checkpoint(path, model, tokenizer, config, iter_num, weights=None, keep=1, **state):
+    """Write a model (weights, if given, in place of its own) and the state of its run: config is a dictionary of settings,
+    state what else to remember, such as the optimizer's. The file at path is either the old one or the new one, never half
+    of it; with keep > 1, keep - 1 older ones stay as path.1, path.2 and so on. Raises OSError where it cannot be written."""
     added = {'gelu': GPTConfig.gelu}  # nanoGPT has no such key, so it is written only where it says something
     checkpoint = {
-        'model': model.state_dict(),
+        'model': model.state_dict() if weights is None else weights,
         'model_args': {k: v for k, v in asdict(model.config).items() if k not in added or v != added[k]},
         'iter_num': iter_num,
         'config': config | asdict(model.config),
@@ -46,10 +54,81 @@ def save_checkpoint(path, model, tokenizer, config, iter_num, **state):
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+        if keep > 1:
+            keep_older(path, keep)
         os.replace(partial, path)
+        sync_folder(path)
     except (OSError, RuntimeError) as e:  # torch raises the latter where a disk is full
         partial.unlink(missing_ok=True)
         raise OSError(f'{path} cannot be written: {" ".join(str(e).split())[:120]}') from None
+
+
+def keep_older(path, keep):
+    """path.1 becomes path.2 and so on, and path.1 what path is, which stays there until the new one takes its place."""
+    for number in range(keep - 1, 1, -1):
+        if os.path.exists(f'{path}.{number - 1}'):
+            os.replace(f'{path}.{number - 1}', f'{path}.{number}')
+    if os.path.exists(path):
+        partial = Path(f'{path}.1.partial')
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(path, partial)
+        except OSError:  # not every file system can
+            shutil.copyfile(path, partial)
+        os.replace(partial, f'{path}.1')
+
+
+def sync_folder(path):
+    """Have the disk remember a renaming, where the system can."""
+    try:
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(folder)
+    except OSError:
+        pass
+    finally:
+        os.close(folder)
+
+
+def run_checkpoints(out_dir, model_type):
+    """The files that a run has left to resume from: its checkpoint, the newest state beside it, and older ones."""
+    path = checkpoint_path(out_dir, model_type)
+    older = [p for p in path.parent.glob('*.pt.*') if re.fullmatch(r'\d+', p.suffix[1:]) and p.stem in (path.name, last_path(path).name)]
+    return [p for p in (path, last_path(path), *sorted(older)) if p.exists()]
+
+
+def read_newest(out_dir, model_type, device='cpu'):
+    """The newest checkpoint of a run that is whole: its path, the dictionary in it, and a line for each newer one that is
+    damaged. Raises UserError if there is none."""
+    found, damaged = [], []
+    for path in run_checkpoints(out_dir, model_type):
+        try:
+            iter_num = read_checkpoint(path, mmap=True).get('iter_num', 0)
+            found.append((iter_num if type(iter_num) is int else -1, path))
+        except UserError as e:
+            damaged.append(str(e))
+    for _, path in sorted(found, key=lambda pair: -pair[0]):
+        try:
+            check_whole(path)
+            return path, read_checkpoint(path, device), damaged
+        except UserError as e:
+            damaged.append(str(e))
+    if damaged:
+        raise UserError(damaged[0])
+    return (path := checkpoint_path(out_dir, model_type)), read_checkpoint(path), []  # which says that there is none
+
+
+def check_whole(path):
+    """Raise UserError if a checkpoint's contents do not have the checksums that they were written with."""
+    try:
+        with zipfile.ZipFile(path) as f:
+            part = f.testzip()
+    except Exception as e:  # a damaged file can raise nearly anything
+        part = f'{type(e).__name__}: {e}'
+    if part is not None:
+        raise UserError(f'checkpoint {path} is damaged ({part}): another one is needed')
 
 
 def read_checkpoint(path, device='cpu', mmap=False):
@@ -130,7 +209,7 @@ def find_checkpoint(source, model_type=None):
     path = Path(source)
     if not path.is_dir() and (path.exists() or path.suffix == '.pt'):
         return path
-    found = [p for p in (checkpoint_path(path, name) for name in MODELS) if p.exists()]
+    found = [p for name in MODELS for p in run_checkpoints(path, name)[:1]]
     wanted = checkpoint_path(path, model_type or 'gpt')
     if len(found) > 1 and wanted not in found:
         raise UserError(f"{path} has several checkpoints: give one of {', '.join(map(str, found))}")
@@ -166,5 +245,5 @@ def describe(model):
     c = model.config
     latent = f', latent {c.n_latent}' if getattr(c, 'n_latent', None) else ''
     ahead = f', {c.k_ahead} tokens ahead by {c.head} heads' if hasattr(c, 'k_ahead') else ''
-    return (f'{type(model).__name__}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide{latent}{ahead}, '
+    return (f'{MODELS[model.model_type].__name__}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide{latent}{ahead}, '
             f'context {c.block_size}, {model.get_num_params(non_embedding=False) / 1e6:.2f} M parameters')

@@ -12,26 +12,33 @@ data and its dropout. So two processes see what one would, and a resumed run goe
 import json
 import math
 import os
+import signal
+import socket
 import statistics
 import sys
+import threading
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from checkpoint import (GPT2_NAMES, build_model, checkpoint_path, checkpoint_tokenizer, describe, from_pretrained,
-                        is_hugging_face, read_checkpoint, save_checkpoint)
+                        is_hugging_face, last_path, read_newest, run_checkpoints, save_checkpoint)
 from configurator import UserError, build, check_least, configure, run
 from dataset import SPLITS, check_ids, draw_batch, open_data
-from device import autocast, pick_device, pick_dtype
+from device import autocast, pick_dtype
 from model import GPT
+from parallel import team
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 
 @dataclass
@@ -42,7 +49,8 @@ class TrainConfig:
     eval_iters: int = 200  # batches per evaluation and split
     eval_only: bool = False  # evaluate once and stop, writing nothing
     always_save_checkpoint: bool = True  # after every evaluation, not only when the val loss is the best so far
-    init_from: str = 'scratch'  # 'scratch', 'resume' (from out_dir), a GPT-2 by name such as 'gpt2-xl', or its directory
+    keep_checkpoints: int = 1  # of each kind; the ones before the newest are ckpt.pt.1, ckpt.pt.2 and so on
+    init_from: str = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is something), 'gpt2-xl', a GPT-2's directory
     wandb_log: bool = False  # log to Weights & Biases too
     wandb_project: str = 'owt'  # its project
     wandb_run_name: str = 'gpt2'  # its name for this run
@@ -59,6 +67,7 @@ class TrainConfig:
     warmup_iters: int = 2000  # iterations of linear warm-up
     lr_decay_iters: int = 600000  # where the cosine ends, about max_iters
     min_lr: float = 6e-5  # learning rate at the end, about learning_rate / 10
+    parallel: Literal['ddp', 'fsdp'] = 'ddp'  # 'fsdp': each process holds a part of the model, for models past one GPU's memory
     backend: str = 'auto'  # between processes: 'nccl', 'gloo' or 'auto', which is nccl on GPUs
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast; 'auto': bfloat16 on a GPU that has it
@@ -68,15 +77,15 @@ class TrainConfig:
     def __post_init__(self):
         check_least(self, eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1,
                     max_iters=0, learning_rate=0, min_lr=0, weight_decay=0, grad_clip=0, warmup_iters=0, lr_decay_iters=0,
-                    seed=0)
+                    seed=0, keep_checkpoints=1)
         for key in ('out_dir', 'dataset'):
             if not getattr(self, key):
                 raise ValueError(f'{key} is empty: give a folder')
         for key in ('beta1', 'beta2'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)} must be at least 0 and below 1')
-        if self.init_from not in ('scratch', 'resume') and not is_hugging_face(self.init_from):
-            raise ValueError(f"init_from={self.init_from!r} must be 'scratch', 'resume', {', '.join(GPT2_NAMES)} or the "
+        if self.init_from not in ('scratch', 'resume', 'auto') and not is_hugging_face(self.init_from):
+            raise ValueError(f"init_from={self.init_from!r} must be 'scratch', 'resume', 'auto', {', '.join(GPT2_NAMES)} or the "
                              'directory of a Hugging Face GPT-2')
 
 
@@ -89,28 +98,55 @@ class Result:
     history: list  # the dictionaries of metrics.jsonl
     ms_per_iter: float  # median over the logged stretches
     tokens_per_second: float  # of all processes together
+    stopped: bool  # by a signal, before max_iters
 
 
 @contextmanager
-def process_group(config):
-    """Join the processes that torchrun started: yields rank, world_size, device and its type; 0 and 1 without torchrun."""
-    parallel = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= os.environ.keys()
-    world_size = int(os.environ['WORLD_SIZE']) if parallel else 1
-    device, device_type = pick_device(config.device, int(os.environ['LOCAL_RANK']) if parallel else None)
-    if config.gradient_accumulation_steps % world_size:
-        raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} counts all processes '
-                        f'together and is not divisible by their number, {world_size}: use a multiple of {world_size}')
-    if not parallel:
-        yield 0, 1, device, device_type
+def caught_signals():
+    """A list that SIGINT and SIGTERM join, in place of ending the program; the second of a kind ends it at once. (torchrun
+    passes a Ctrl-C on as SIGTERM to processes that have had it already.)"""
+    caught = []
+
+    def catch(number, frame):
+        if number in caught:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        caught.append(number)
+        if os.environ.get('RANK', '0') == '0':
+            os.write(2, f'\n{signal.Signals(number).name}: finishing the step, then saving; once more stops at once\n'.encode())
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
         return
-    backend = ('nccl' if device_type == 'cuda' else 'gloo') if config.backend == 'auto' else config.backend
-    if backend == 'nccl' and device_type != 'cuda':
-        raise UserError(f"backend='nccl' needs GPUs, device is {device_type}: use backend='gloo' or 'auto'")
-    if not dist.is_backend_available(backend):
-        raise UserError(f"backend={backend!r} is not available in this torch: use 'nccl', 'gloo' or 'auto'")
-    dist.init_process_group(backend)
-    yield dist.get_rank(), world_size, device, device_type
-    dist.destroy_process_group()  # not after an error in one process: it would wait for the others
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def locked(out_dir):
+    """Keep other runs out of out_dir until the end, however this process ends. Raises UserError if there is one in it."""
+    path, patience = Path(out_dir) / '.lock', 30 if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0' else 0
+    with open(path, 'a+') as f:
+        until = time.monotonic() + patience  # torchrun may start anew before the old processes are gone
+        while fcntl:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    f.seek(0)
+                    raise UserError(f'out_dir={out_dir} is in use by another run ({f.read().strip() or "unknown"}): wait for it, '
+                                    'or give another') from None
+                time.sleep(0.5)
+            except OSError:  # a file system without locks
+                break
+        f.truncate(0)
+        f.write(f'process {os.getpid()} on {socket.gethostname()}')
+        f.flush()
+        yield
 
 
 def make_model(model_class, config, model_args, data, device):
@@ -122,8 +158,8 @@ def make_model(model_class, config, model_args, data, device):
     may_change = 'dropout', 'positions', 'loss_weights'  # with the weights kept
     kept = {k: v for k, v in model_args.items() if k in may_change}
     if config.init_from == 'resume':
-        path = checkpoint_path(config.out_dir, model_class.model_type)
-        checkpoint = read_checkpoint(path, device)
+        path, checkpoint, damaged = read_newest(config.out_dir, model_class.model_type, device)
+        checkpoint |= {'damaged': damaged, 'resumed_from': path}
         model = build_model(checkpoint, path, **kept)
         if type(model) is not model_class:
             raise UserError(f'checkpoint {path} holds a {type(model).__name__}, this program trains a '
@@ -167,44 +203,51 @@ def train(model_class, config, model_args):
     """Train a model_class by a TrainConfig. model_args are the model settings that were asked for; the data and the
     class decide the others. Returns a Result. Raises UserError for what is wrong, before anything is written, and for a
     loss that is not finite."""
-    with process_group(config) as (rank, world_size, device, device_type):
-        return training_loop(model_class, config, model_args, rank, world_size, device, device_type)
+    if config.init_from == 'auto':
+        found = run_checkpoints(config.out_dir, model_class.model_type)
+        config = replace(config, init_from='resume' if found else 'scratch')
+    with team(config) as processes, caught_signals() as signals, ExitStack() as at_end:
+        return training_loop(model_class, config, model_args, processes, signals, at_end)
 
 
-def training_loop(model_class, config, model_args, rank, world_size, device, device_type):
+def training_loop(model_class, config, model_args, processes, signals, at_end):
+    rank, world_size = processes.rank, processes.size
+    device, device_type = processes.device, processes.device_type
     master = rank == 0  # the process that prints
     writes = master and not config.eval_only
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision('high')  # tf32
     data = open_data(config.dataset)
-    model, checkpoint = make_model(model_class, config, model_args, data, device)
+    model, checkpoint = make_model(model_class, config, model_args, data, 'cpu' if processes.sharded else device)
     block_size = model.config.block_size
     data.check(block_size, model.config.vocab_size)
-    model.to(device)
+    model = processes.place(model)
 
     dtype = pick_dtype(config.dtype, device_type)
+    if processes.sharded and dtype == torch.float16:
+        raise UserError("parallel='fsdp' is not for dtype=float16: use bfloat16 or float32")
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
                                            device_type)
-    iter_num, best_val_loss, notes = 0, math.inf, []
+    iter_num, best_val_loss, notes, resumed_from = 0, math.inf, [], None
     if checkpoint:
-        iter_num, best_val_loss, notes = restore(checkpoint, optimizer, scaler)
+        iter_num, best_val_loss, notes = restore(checkpoint, optimizer, scaler, processes)
+        resumed_from = checkpoint['resumed_from']
         checkpoint = None  # its memory is wanted for training
     compiled = device_type == 'cuda' if config.compile == 'auto' else config.compile
     net = torch.compile(model) if compiled else model
-    if world_size > 1:
-        net = DDP(net, device_ids=[device.index] if device_type == 'cuda' else None)
+    net = processes.wrap(net)
 
     micro_steps = config.gradient_accumulation_steps // world_size  # of this process
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * block_size
     metrics = Path(config.out_dir) / 'metrics.jsonl'
-    history = open_metrics(metrics, iter_num) if writes else []
+    history = open_metrics(metrics, iter_num, at_end) if writes else []
     wandb = start_wandb(config, model.config) if master and config.wandb_log else None
     progress = tqdm(initial=iter_num, total=config.max_iters, unit='iter', dynamic_ncols=True,
                     disable=not (master and sys.stderr.isatty() and not config.eval_only))
     say = (lambda line: None) if not master else print if progress.disable else progress.write
     say(f'{describe(model)}; {tokens_per_iter:,} tokens per iteration on {world_size} x {device_type}, '
-        f'{str(dtype).removeprefix("torch.")}{", compiled" if compiled else ""}')
+        f'{str(dtype).removeprefix("torch.")}{", compiled" if compiled else ""}{", sharded" if processes.sharded else ""}')
     for note in notes:
         say(f'note: {note}')
 
@@ -225,11 +268,6 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
         return x.to(device), y.to(device)
 
-    def mean_over_processes(values):
-        if world_size > 1:
-            dist.all_reduce(values)
-        return (values / world_size).tolist()
-
     @torch.no_grad()
     def estimate_loss():
         """Mean loss of each split over the same eval_iters batches every time; each process takes its share. The loss is
@@ -242,21 +280,60 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
                 with autocast(device_type, dtype):
                     batch_losses, shares = model.losses(*batch(split, 1, k))
                 total += torch.stack((batch_losses * shares, shares))
-            mean = [a / b if b else 0.0 for a, b in zip(*mean_over_processes(total))]
+            mean = [a / b if b else 0.0 for a, b in zip(*processes.mean(total))]
             losses |= {f'{split}_loss': mean[0]} | by_head(f'{split}_loss', mean)
         model.train()
         return losses
 
     def record(row):
         """Keep a row of metrics where a person, a plot and wandb find it."""
+        nonlocal whole_metrics, wandb
         if writes:
             history.append(row)
-            with open(metrics, 'a') as f:
-                f.write(json.dumps(row) + '\n')
+            try:
+                if whole_metrics:
+                    with open(metrics, 'a') as f:
+                        f.write(json.dumps(row) + '\n')
+                else:  # the first row, before which a new run leaves the file as it was
+                    write_metrics(metrics, history)
+                    whole_metrics = True
+            except OSError as e:
+                whole_metrics = False  # the next row tries to write all of them
+                say(f'warning: {metrics} cannot be written ({e.strerror}); training goes on')
         if wandb:
             names = {'loss': 'train/batch_loss', 'train_loss': 'train/loss', 'val_loss': 'val/loss'}
             row = row | {'mfu': 100 * row['mfu']} if 'mfu' in row else row  # in percent, as nanoGPT logs it
-            wandb.log({names.get(key, key): value for key, value in row.items()}, step=row['iter'])
+            try:
+                wandb.log({names.get(key, key): value for key, value in row.items()}, step=row['iter'])
+            except Exception as e:
+                say(f'warning: training goes on without wandb ({type(e).__name__}: {e})')
+                wandb = None
+
+    def save(path):
+        """The state of the run as a checkpoint at path. Returns what to say of it; where it cannot be written the run goes on.
+        All processes have to come here."""
+        nonlocal saved_iter, not_saved
+        weights = processes.whole(model.state_dict()) if processes.sharded else None
+        state = processes.whole(optimizer.state_dict()) if processes.sharded else optimizer.state_dict()
+        if not writes:
+            return ''
+        if weights:
+            weights['transformer.wte.weight'] = weights['lm_head.weight']  # tied, and written once
+        try:
+            save_checkpoint(path, model, data.tokenizer, asdict(config), iter_num, weights, config.keep_checkpoints,
+                            best_val_loss=best_val_loss, optimizer=state, scaler=scaler.state_dict(), processes=world_size)
+        except OSError as e:
+            not_saved = str(e)
+            say(f'warning: {e}; training goes on')
+            return ''
+        saved_iter, not_saved = iter_num, ''
+        return f' | saved {path}'
+
+    def check_finite(what, *values):
+        """Raise UserError if one of values is not finite, before it can spoil a checkpoint."""
+        if not all(map(math.isfinite, values)):
+            raise UserError(f"{what} is {' and '.join(map(str, values))} in step {iter_num}, so the run stops and keeps the "
+                            f'checkpoint that it has: try a lower learning_rate than {config.learning_rate}')
 
     def seconds_per_iter():
         """Since the clock was last read; asked for right after the device has been waited for."""
@@ -265,8 +342,13 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
         dt, unlogged, t0 = (now - t0) / unlogged, 0, now
         return dt
 
-    durations, unlogged, t0, rewritten = [], 0, time.perf_counter(), False
+    path = checkpoint_path(config.out_dir, model_class.model_type)
+    saved_iter, not_saved, whole_metrics = iter_num, '', False
+    durations, unlogged, t0 = [], 0, time.perf_counter()
     while True:
+        stopped = processes.any(bool(signals))
+        if stopped:
+            break
         lr = learning_rate_at(iter_num, config)
         for group in optimizer.param_groups:
             group['lr'] = lr
@@ -276,27 +358,23 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
                 loss_sum.tolist()  # waits for the device
                 durations.append(seconds_per_iter())
             losses = estimate_loss()
-            if not math.isfinite(losses['train_loss'] + losses['val_loss']):
-                raise UserError(f"the loss is {losses['train_loss']} in training and {losses['val_loss']} in validation "
-                                f'at iteration {iter_num}, so the run stops and keeps the checkpoint that it has: '
-                                f'try a lower learning_rate than {config.learning_rate}')
-            if writes and not rewritten:
-                write_metrics(metrics, history)  # not before a whole evaluation went well
-                rewritten = True
+            check_finite('the loss in training and validation', losses['train_loss'], losses['val_loss'])
             record({'iter': iter_num, **losses, 'lr': lr})
+            best = losses['val_loss'] < best_val_loss
+            best_val_loss = min(losses['val_loss'], best_val_loss)
             saved = ''
+            if iter_num > (saved_iter if resumed_from == path else 0) and not config.eval_only:
+                if best or config.always_save_checkpoint:
+                    saved = save(path)
+                    if saved:
+                        last_path(path).unlink(missing_ok=True)  # older now
+                else:
+                    saved = save(last_path(path))
             if writes:
-                best = losses['val_loss'] < best_val_loss
-                best_val_loss = min(losses['val_loss'], best_val_loss)
-                if iter_num > 0 and (best or config.always_save_checkpoint):
-                    path = checkpoint_path(config.out_dir, model_class.model_type)
-                    save_checkpoint(path, model, data.tokenizer, asdict(config), iter_num, best_val_loss=best_val_loss,
-                                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                    saved = f' | saved {path}'
                 try:
                     draw_loss(history, model_class.__name__, Path(config.out_dir) / 'loss.png')
                 except OSError as e:
-                    say(f'warning: {e.filename} cannot be written ({e.strerror}); training goes on')
+                    say(f'warning: loss.png cannot be written ({e.strerror}); training goes on')
             say(f"step {iter_num:6d} | train loss {losses['train_loss']:.4f} | val loss {losses['val_loss']:.4f}{saved}")
             unlogged, t0 = 0, time.perf_counter()
         if iter_num >= config.max_iters or config.eval_only:
@@ -305,9 +383,7 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
         loss_sum = torch.zeros(1 + n_heads, device=device)  # of all heads together and of each
         for step in range(micro_steps):
             x, y = batch('train', 0, iter_num * config.gradient_accumulation_steps + rank + step * world_size)
-            # DDP adds gradients up between processes; only the last micro-step needs that
-            last = step == micro_steps - 1
-            with nullcontext() if world_size == 1 or last else net.no_sync():
+            with processes.averages(net, now=step == micro_steps - 1):
                 with autocast(device_type, dtype):
                     loss = net(x, y)[1] / micro_steps
                 scaler.scale(loss).backward()
@@ -323,7 +399,8 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
         unlogged += 1
 
         if iter_num % config.log_interval == 0:
-            loss, *head_losses = mean_over_processes(loss_sum)  # waits for the device
+            loss, *head_losses = processes.mean(loss_sum)  # waits for the device
+            check_finite('the loss', loss)
             dt = seconds_per_iter()
             durations.append(dt)
             row = {'iter': iter_num, 'loss': loss, **by_head('loss', head_losses), 'lr': lr, 'ms_per_iter': dt * 1e3,
@@ -340,17 +417,31 @@ def training_loop(model_class, config, model_args, rank, world_size, device, dev
         progress.update()
 
     progress.close()
+    if stopped:
+        check_finite('the largest weight', processes.largest(model.parameters()))
+        said = save(last_path(path)) if iter_num > saved_iter and not config.eval_only else ''
+        say(f'stopped before iteration {iter_num}{said}; go on with --init_from=resume')
     if wandb:
-        wandb.finish()
+        try:
+            wandb.finish()
+        except Exception as e:
+            say(f'warning: wandb was not finished ({type(e).__name__}: {e})')
+    if not_saved:
+        raise UserError(f'the run is at iteration {iter_num} and its newest checkpoint at {saved_iter}, since {not_saved}: make '
+                        'room and resume')
     seconds = statistics.median(durations[1:] or durations or [math.nan])  # the first holds the warm-up
-    return Result(model, data.tokenizer, device, history, seconds * 1e3, tokens_per_iter / seconds)
+    return Result(model, data.tokenizer, device, history, seconds * 1e3, tokens_per_iter / seconds, stopped)
 
 
-def restore(checkpoint, optimizer, scaler):
+def restore(checkpoint, optimizer, scaler, processes):
     """Optimizer and scaler as they were. Returns the iteration, the best val loss, and a line for each thing that the
     checkpoint lacks and that starts fresh."""
     iter_num, best_val_loss = checkpoint.get('iter_num', 0), checkpoint.get('best_val_loss', math.inf)
-    notes = []
+    notes = [f'{line}; resuming from an older one, at iteration {iter_num}' for line in checkpoint['damaged']]
+    before = checkpoint.get('processes', processes.size)
+    if before != processes.size:
+        notes.append(f'the checkpoint was written by {before} processes, here are {processes.size}: sums are taken in another '
+                     'order, so that the run goes on as it would have but for rounding')
     if 'model_type' not in checkpoint:
         notes.append('the checkpoint is another program\'s, nanoGPT\'s for instance, and does not say which data it has '
                      f'seen: the order of the data and the dropout start fresh, as those of iteration {iter_num} here')
@@ -361,7 +452,7 @@ def restore(checkpoint, optimizer, scaler):
         if not checkpoint.get('optimizer'):
             return iter_num, best_val_loss, notes
         asked_for = [(group['betas'], group['weight_decay']) for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        processes.load_optimizer(optimizer, checkpoint['optimizer'])
         for group, (betas, weight_decay) in zip(optimizer.param_groups, asked_for):
             group.update(betas=betas, weight_decay=weight_decay)
         for group in optimizer.param_groups:
@@ -376,10 +467,12 @@ def restore(checkpoint, optimizer, scaler):
                         'start from scratch, or from another checkpoint') from None
 
 
-def open_metrics(path, iter_num):
-    """Make the folder of metrics.jsonl and return its rows before iter_num: none for a new run."""
+def open_metrics(path, iter_num, at_end):
+    """Make the folder of metrics.jsonl, keep other runs out of it until at_end, and return the rows before iter_num: none for
+    a new run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        at_end.enter_context(locked(path.parent))
         path.touch()
         lines = path.read_bytes().splitlines() if iter_num else []
     except OSError as e:

@@ -1,0 +1,341 @@
+"""A run loses nothing: killed, stopped, on a full disk, with damaged files, it ends as one that nothing happened to."""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import signal
+import sys
+import time
+import types
+
+import pytest
+import torch
+from conftest import ALL, read_metrics, tiny_model, without_times
+
+import checkpoint
+import train as trainer
+from checkpoint import load_model, read_newest, save_checkpoint
+from configurator import UserError, run
+from model import GPT
+
+FORK = multiprocessing.get_context('fork')  # a child is a copy of this process, and needs no second to import torch
+
+
+def start(args, model_class=GPT, before=None):
+    """Train in a child process, quietly. before() is called in it first."""
+    def child():
+        sys.stdout, sys.stderr = open(os.devnull, 'w'), open(log, 'w')
+        sys.argv = ['train.py', *args]
+        if before:
+            before()
+        run(lambda: trainer.main(model_class))
+    log = [a for a in args if a.startswith('--out_dir=')][-1].removeprefix('--out_dir=') + '.log'
+    process = FORK.Process(target=child)
+    process.start()
+    process.log = log
+    return process
+
+
+def finish(args, model_class=GPT, before=None):
+    """Train in a child process to the end: its exit code and stderr."""
+    process = start(args, model_class, before)
+    process.join(120)
+    with open(process.log) as f:
+        return process.exitcode, f.read()
+
+
+def end_state(out_dir, name='ckpt.pt'):
+    return torch.load(out_dir / name, weights_only=True), without_times(read_metrics(out_dir))
+
+
+def assert_same_end(one, other):
+    (state, metrics), (other_state, other_metrics) = one, other
+    assert metrics == other_metrics
+    for key, value in state['model'].items():
+        assert torch.equal(value, other_state['model'][key]), key
+    for i, of_one in state['optimizer']['state'].items():
+        for key, value in of_one.items():
+            assert torch.equal(value, other_state['optimizer']['state'][i][key]), (i, key)
+    for key in ('iter_num', 'best_val_loss', 'scaler'):
+        assert state[key] == other_state[key], key
+
+
+@pytest.fixture
+def args(tiny_args):
+    return [*tiny_args, '--dropout=0.1', '--max_iters=8', '--eval_interval=2', '--eval_iters=2', '--init_from=auto']
+
+
+def slow_saves():
+    """Saving takes as long as training does, so that a kill falls into it."""
+    for module, name in ((os, 'replace'), (os, 'fsync')):
+        original = getattr(module, name)
+        setattr(module, name, lambda *a, original=original: (time.sleep(0.015), original(*a))[1])
+    save = torch.save
+
+    def in_two_parts(value, f):
+        buffer = io.BytesIO()
+        save(value, buffer)
+        content = buffer.getvalue()
+        f.write(content[:len(content) // 2])
+        f.flush()
+        time.sleep(0.015)
+        f.write(content[len(content) // 2:])
+    torch.save = in_two_parts
+
+
+@ALL
+def test_killed_at_random_moments(model_class, args, tmp_path):
+    """kill -9 at 21 moments over the three models, two of three on the way back from another."""
+    name = checkpoint.checkpoint_path('', model_class.model_type).name
+    t0 = time.monotonic()
+    assert finish([*args, f'--out_dir={tmp_path / "whole"}'], model_class, slow_saves)[0] == 0
+    duration = time.monotonic() - t0
+    whole, moments = end_state(tmp_path / 'whole', name), random.Random(1)
+    for number in range(4):
+        options = [*args, f'--out_dir={tmp_path / f"out{number}"}', '--keep_checkpoints=2']
+        for _ in range(2 if number else 1):
+            process = start(options, model_class, slow_saves)
+            time.sleep(moments.uniform(0, duration))
+            process.kill()
+            process.join()
+        code, err = finish(options, model_class)
+        assert code == 0, err
+        assert_same_end(end_state(tmp_path / f'out{number}', name), whole)
+
+
+@pytest.mark.parametrize('which', ['ckpt.pt.partial', 'ckpt.pt.1.partial'])
+def test_killed_during_the_save(which, args, tmp_path):
+    assert finish([*args, f'--out_dir={tmp_path / "whole"}'])[0] == 0
+    options = [*args, '--keep_checkpoints=2']
+    process = start(options, before=slow_saves)
+    wait_for((tmp_path / 'out' / which).exists)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and (tmp_path / 'out' / 'ckpt.pt.partial').exists()
+    assert finish(options)[0] == 0
+    assert_same_end(end_state(tmp_path / 'out'), end_state(tmp_path / 'whole'))
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(number, args, tmp_path):
+    whole = tmp_path / 'whole'
+    assert finish([*args, f'--out_dir={whole}', '--eval_interval=8'])[0] == 0
+    out = tmp_path / 'out'
+    options = [*args, f'--out_dir={out}', '--eval_interval=8']
+    process = start(options, before=lambda: slow_steps(0.1))
+    wait_for(lambda: len(rows(out)) >= 3)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 0
+    stopped = torch.load(out / 'ckpt_last.pt', weights_only=True)
+    assert 2 <= stopped['iter_num'] < 8 and not (out / 'ckpt.pt').exists()
+    assert load_model(out)[0].config.n_layer == 2  # the sampler and the analyses take it too
+    assert finish(options)[0] == 0
+    assert_same_end(end_state(out), end_state(whole))
+    assert not (out / 'ckpt_last.pt').exists()  # older than ckpt.pt now
+
+
+def slow_steps(seconds):
+    draw = trainer.draw_batch
+    trainer.draw_batch = lambda *a: (time.sleep(seconds), draw(*a))[1]
+
+
+def rows(out_dir):
+    path = out_dir / 'metrics.jsonl'
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_second_signal_ends_it_at_once(args, tmp_path):
+    process = start([*args, f'--out_dir={tmp_path / "out"}'], before=lambda: slow_steps(0.7))
+    wait_for(lambda: len(rows(tmp_path / 'out')) >= 1)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.3)
+    process.join(2)
+    assert process.exitcode == -signal.SIGINT
+
+
+def test_the_best_and_the_newest_are_both_kept(args, tmp_path):
+    """From iteration 4 on the loss rises, so ckpt.pt stays the best; a resume goes on from ckpt_last.pt and costs neither."""
+    args = [*args, '--always_save_checkpoint=False', '--decay_lr=False']
+    for name, stops in (('whole', [12]), ('half', [8, 12])):
+        assert finish([*args, f'--out_dir={tmp_path / name}', '--max_iters=4'])[0] == 0
+        before = (tmp_path / name / 'ckpt.pt').read_bytes()
+        for stop in stops:
+            assert finish([*args, f'--out_dir={tmp_path / name}', '--learning_rate=3', f'--max_iters={stop}'])[0] == 0
+            assert (tmp_path / name / 'ckpt.pt').read_bytes() == before
+            state = torch.load(tmp_path / name / 'ckpt_last.pt', weights_only=True)
+            assert state['iter_num'] == stop and state['best_val_loss'] == end_state(tmp_path / name)[0]['best_val_loss']
+    assert_same_end(*(end_state(tmp_path / name, 'ckpt_last.pt') for name in ('half', 'whole')))
+
+
+def test_older_checkpoints_are_kept_as_many_as_asked_for(args, tmp_path):
+    out = tmp_path / 'out'
+    assert finish([*args, '--keep_checkpoints=3'])[0] == 0
+    assert sorted(p.name for p in out.glob('ckpt*')) == ['ckpt.pt', 'ckpt.pt.1', 'ckpt.pt.2']
+    assert [torch.load(out / name, weights_only=True)['iter_num'] for name in ('ckpt.pt', 'ckpt.pt.1', 'ckpt.pt.2')] == [8, 6, 4]
+
+
+def damage(path, how, seed=0):
+    content = bytearray(path.read_bytes())
+    if how == 'truncated':
+        content = content[:len(content) * 2 // 3]
+    elif how == 'empty':
+        content = b''
+    else:
+        content[random.Random(seed).randrange(len(content))] ^= 1 << seed % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize('how', ['truncated', 'empty', 'flipped'])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, args, tmp_path, program):
+    out = tmp_path / 'out'
+    assert finish([*args, '--keep_checkpoints=2'])[0] == 0
+    whole = end_state(out)
+    damage(out / 'ckpt.pt', how, seed=3)
+    code, stdout, err = program(trainer.main, *args, '--keep_checkpoints=2')
+    assert code == 0 and 'ckpt.pt' in stdout and 'resuming from an older one, at iteration 6' in stdout
+    assert_same_end(end_state(out), whole)
+    for path in out.glob('ckpt*'):
+        damage(path, 'truncated')
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, err = program(trainer.main, *args)
+    assert code == 2 and err.count('\n') == 1 and 'damaged' in err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_no_flipped_bit_goes_unseen(args, tmp_path):
+    """A checkpoint with one bit changed is either refused or holds what it held."""
+    out = tmp_path / 'out'
+    assert finish([*args, '--max_iters=2', f'--out_dir={out}'])[0] == 0
+    path, whole, _ = read_newest(out, 'gpt')
+    content, refused = path.read_bytes(), 0
+    for seed in range(60):
+        path.write_bytes(content)
+        damage(path, 'flipped', seed)
+        try:
+            _, found, _ = read_newest(out, 'gpt')
+        except UserError:
+            refused += 1
+            continue
+        assert all(torch.equal(value, found['model'][key]) for key, value in whole['model'].items())
+        assert found['iter_num'] == whole['iter_num'] and found['config'] == whole['config']
+    assert refused > 20
+
+
+def test_a_full_disk_stops_neither_the_run_nor_costs_the_old_file(args, tmp_path):
+    out = tmp_path / 'out'
+    assert finish([*args, '--max_iters=4'])[0] == 0
+    before, size = (out / 'ckpt.pt').read_bytes(), (out / 'ckpt.pt').stat().st_size
+
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    code, err = finish(args, before=small_files)
+    assert code == 2 and err.count('\n') == 1 and 'newest checkpoint at 4' in err and 'make room and resume' in err
+    assert (out / 'ckpt.pt').read_bytes() == before and not list(out.glob('*.partial'))
+    assert [row['iter'] for row in read_metrics(out) if 'val_loss' in row] == [0, 2, 4, 6, 8]  # it went on to the end
+    assert finish(args)[0] == 0
+    assert finish([*args, f'--out_dir={tmp_path / "whole"}'])[0] == 0
+    assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
+
+
+def test_a_full_disk_for_the_metrics(args, tmp_path, program, monkeypatch):
+    """They are written again as soon as there is room."""
+    failing, write = [3], json.dumps
+
+    def dumps(row):
+        if 'loss' in row and failing[0]:
+            failing[0] -= 1
+            raise OSError(28, 'No space left on device')
+        return write(row)
+    monkeypatch.setattr(trainer.json, 'dumps', dumps)
+    code, out, _ = program(trainer.main, *args)
+    assert code == 0 and out.count('No space left on device') == 3
+    assert [row['iter'] for row in read_metrics(tmp_path / 'out') if 'loss' in row] == list(range(8))
+
+
+def test_an_unwritable_folder(args, tmp_path, program):
+    (tmp_path / 'file').write_text('x')
+    code, _, err = program(trainer.main, *args, f'--out_dir={tmp_path / "file" / "out"}')
+    assert code == 2 and err.count('\n') == 1 and 'cannot be written to' in err
+
+
+def test_two_runs_in_one_folder_are_refused(args, tmp_path, program):
+    out = tmp_path / 'out'
+    process = start(args, before=lambda: slow_steps(0.2))
+    wait_for(lambda: len(rows(out)) >= 1)
+    code, _, err = program(trainer.main, *args)
+    assert code == 2 and err.count('\n') == 1 and 'is in use by another run' in err and f'process {process.pid}' in err
+    process.kill()
+    process.join()
+    assert program(trainer.main, *args)[0] == 0  # a killed run locks nobody out
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_that_carries_code_is_refused(args, tmp_path, program):
+    out = tmp_path / 'out'
+    assert finish([*args, '--max_iters=2'])[0] == 0
+    state = torch.load(out / 'ckpt.pt', weights_only=True)
+    torch.save(state | {'best_val_loss': Malice(str(tmp_path / 'run'))}, out / 'ckpt.pt')
+    code, _, err = program(trainer.main, *args)
+    assert code == 2 and err.count('\n') == 1 and not (tmp_path / 'run').exists()
+    with open(out / 'ckpt.pt', 'wb') as f:
+        pickle.dump(Malice(str(tmp_path / 'run')), f)
+    assert program(trainer.main, *args)[0] == 2 and not (tmp_path / 'run').exists()
+
+
+def test_truncated_bins_are_named(args, data_dir, program):
+    with open(data_dir / 'train.bin', 'r+b') as f:
+        f.truncate(1001)
+    code, _, err = program(trainer.main, *args)
+    assert code == 2 and err.count('\n') == 1 and 'train.bin has 1,001 bytes' in err
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(args, tmp_path, program, monkeypatch):
+    assert program(trainer.main, *args, '--max_iters=4')[0] == 0
+    before = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    forward = GPT.forward
+
+    def broken(self, idx, targets=None, cache=None):
+        logits, loss = forward(self, idx, targets, cache)
+        return logits, loss * float('nan') if self.training and loss is not None else loss
+    monkeypatch.setattr(GPT, 'forward', broken)
+    code, _, err = program(trainer.main, *args)
+    assert code == 2 and err.count('\n') == 1 and 'the loss is nan in step 4' in err
+    assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
+
+
+def test_a_wandb_that_fails_never_stops_training(args, program, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError('no way to the server')
+    for calls in ({'init': fail}, {'init': lambda **kwargs: None, 'log': fail, 'finish': fail}):
+        monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(**calls))
+        code, out, err = program(trainer.main, *args, '--wandb_log', '--init_from=scratch')
+        assert code == 0 and (out + err).count('without wandb') == 1
+
+
+def test_a_disk_that_cannot_link_gets_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'link', lambda *a: (_ for _ in ()).throw(OSError('no links')))
+    for iter_num in (1, 2):
+        save_checkpoint(tmp_path / 'ckpt.pt', tiny_model(GPT), 'gpt2', {}, iter_num, keep=2)
+    assert torch.load(tmp_path / 'ckpt.pt.1', weights_only=True)['iter_num'] == 1
+    assert not list(tmp_path.glob('*.partial'))

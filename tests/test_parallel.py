@@ -1,0 +1,96 @@
+"""Several processes: one run in all they do, and it survives the loss of one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import read_metrics
+from test_faults import assert_same_end, end_state, wait_for
+from test_train import ROOT
+
+import train as trainer
+from checkpoint import load_model
+from model_k_ahead import GPT_KAhead
+from model_mla import GPT_MLA
+
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
+ENV = os.environ | {'OMP_NUM_THREADS': '1'}
+
+
+def torchrun(args, *options, script='train.py'):
+    done = subprocess.run([*TORCHRUN, '--standalone', '--nproc_per_node=2', *options, script, *args], cwd=ROOT, env=ENV,
+                          capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def args(tiny_args):
+    return [*tiny_args, '--max_iters=8', '--eval_interval=4', '--init_from=auto']
+
+
+def losses(out_dir):
+    return [value for row in read_metrics(out_dir) for key, value in row.items() if key.endswith('loss')]
+
+
+def test_two_processes_resume_bit_for_bit_and_one_goes_on_with_a_note(args, tmp_path, program):
+    args += ['--dropout=0.1']
+    torchrun([*args, f'--out_dir={tmp_path / "whole"}'])
+    half = [*args, f'--out_dir={tmp_path / "half"}']
+    torchrun([*half, '--max_iters=4'])
+    shutil.copytree(tmp_path / 'half', tmp_path / 'one')
+    torchrun(half)
+    assert_same_end(end_state(tmp_path / 'half'), end_state(tmp_path / 'whole'))
+    code, out, err = program(trainer.main, *args, f'--out_dir={tmp_path / "one"}')
+    assert code == 0 and 'note: the checkpoint was written by 2 processes, here are 1' in out, err
+    assert losses(tmp_path / 'one') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-5)
+
+
+@pytest.mark.parametrize('model_class, script, options', [(GPT_MLA, 'train_mla.py', []),
+                                                          (GPT_KAhead, 'train_k_ahead.py', ['--head=linear'])])
+def test_sharded_it_is_the_same_run_and_its_checkpoints_need_no_shards(model_class, script, options, args, tmp_path, program):
+    one, two = ([*args, *options, f'--out_dir={tmp_path / name}'] for name in ('one', 'two'))
+    assert program(lambda: trainer.main(model_class), *one)[0] == 0
+    assert 'sharded' in torchrun([*two, '--parallel=fsdp', '--max_iters=4'], script=script)
+    torchrun([*two, '--parallel=fsdp'], script=script)
+    assert losses(tmp_path / 'two') == pytest.approx(losses(tmp_path / 'one'), abs=1e-5)
+    mine, theirs = (load_model(tmp_path / name)[0] for name in ('one', 'two'))
+    for (name, p), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(p, other, atol=1e-4), name
+    code, out, err = program(lambda: trainer.main(model_class), *two, '--max_iters=10')  # on, in one process without shards
+    assert code == 0 and 'note: the checkpoint was written by 2 processes' in out, err
+
+
+def test_a_killed_worker_comes_back_and_the_run_ends_as_if_it_had_not_died(args, tmp_path):
+    """torchrun --max-restarts, and the command as it stands in README.md: --init_from=auto."""
+    torchrun([*args, f'--out_dir={tmp_path / "whole"}'])
+    out = tmp_path / 'out'
+    process = subprocess.Popen([*TORCHRUN, '--standalone', '--nproc_per_node=2', '--max-restarts=1', 'train.py', *args], cwd=ROOT,
+                               env=ENV, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wait_for((out / 'ckpt.pt').exists, 120)
+    for pid in workers_of(process.pid)[:1]:
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait(180) == 0
+    assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
+
+
+def workers_of(pid):
+    """The processes that torchrun started, oldest first."""
+    found = subprocess.run(['ps', '-o', 'pid=,args=', '--ppid', str(pid)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if 'train' in line]
+
+
+def test_sigterm_to_torchrun_saves(args, tmp_path):
+    out = tmp_path / 'out'
+    process = subprocess.Popen([*TORCHRUN, '--standalone', '--nproc_per_node=2', 'train.py', *args, '--max_iters=100000',
+                                '--eval_interval=100000', '--lr_decay_iters=100000'], cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    wait_for(lambda: (out / 'metrics.jsonl').exists() and len(read_metrics(out)) > 3, 120)
+    process.terminate()
+    process.wait(60)
+    wait_for((out / 'ckpt_last.pt').exists, 10)
+    assert torch.load(out / 'ckpt_last.pt', weights_only=True)['iter_num'] >= 3
