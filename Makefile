@@ -15,13 +15,13 @@ quick: .venv/installed data/shakespeare_char/meta.pkl
 test: .venv/installed
 	$(RUN) -m pytest -q
 
-assets: .venv/installed
+assets: .venv/installed data/shakespeare_char/meta.pkl
 	$(RUN) assets/draw_mla_diagram.py
 	test -f out_shakespeare_quick/comparison.png || $(MAKE) quick
 	cp out_shakespeare_quick/comparison.png assets/
 	$(RUN) -m analysis.report --model=out_shakespeare_quick/ckpt.pt --other=out_shakespeare_quick/ckpt_mla.pt
 	for name in attention_patterns copying composition subspaces latent_directions spectrum ablation similarity; do \
-		cp out_report/$$name.png assets/report_$$name.png; done
+		cp out_report/$$name.png assets/report_$$name.png || exit 1; done
 	$(RUN) visualize_residual_space_gpt2.py --model=out_shakespeare_quick/ckpt_mla.pt \
 		--prompt="To be, or not to be, that is the question" --out_dir=out_residual_space
 	cp out_residual_space/residual_trajectories.png assets/mlapca.png
@@ -36,4 +36,4 @@ data/shakespeare_char/meta.pkl: | .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv out_shakespeare_quick out_report out_residual_space
+	rm -rf .venv out_shakespeare_quick out_analysis out_report out_residual_space

@@ -156,8 +156,9 @@ def describe_type(hint):
 
 
 def print_help(classes, hints, standing):
-    print('usage: python PROGRAM.py [CONFIG.py ...] [--key=value ...]     later ones win\n'.replace(
-        'PROGRAM.py', os.path.basename(sys.argv[0])))
+    spec = sys.modules['__main__'].__spec__  # of a module that was started with python -m
+    program = f'-m {spec.name}' if spec else os.path.basename(sys.argv[0])
+    print(f'usage: python {program} [CONFIG.py ...] [--key=value ...]     later ones win\n')
     comments = {}
     for cls in classes:
         for base in reversed(cls.__mro__[:-1]):

@@ -4,12 +4,13 @@ The residual stream of a model, flattened to two dimensions: where each token go
     python visualize_residual_space_gpt2.py --model=gpt2 --prompt="The cat sat on the mat" --drop_first --normalize
     python visualize_residual_space_gpt2.py --model=out_shakespeare_quick/ckpt_mla.pt --repeat=2 --animation
 
-Two principal components (Pearson 1901) of all tokens at all layers together, or of each layer on its own. What is plotted of it
+Two principal components (Pearson 1901) of all tokens at all layers together, or of each layer on its own; the mean over n_embd,
+which every layer norm removes, is taken away first. What is plotted of it
 can be less (tokens, layers); the components do not change with that.
 
 In GPT-2 a few dimensions are hundreds of times larger than the rest, and the first position has a norm that swallows the
-picture: --drop_first leaves that position out, and --normalize takes every vector as a layer norm hands it on, its mean
-taken away and its length the same for all. The picture says which of the two was done.
+picture: --drop_first leaves that position out, and --normalize takes every vector as a layer norm hands it on, its length the
+same for all. The picture says which of the two was done.
 """
 
 import math
@@ -100,12 +101,14 @@ def read_numbers(key, text, names):
     try:
         if not text:
             chosen = list(range(len(names)))
+        elif '-' in text:
+            chosen = []
         elif ':' in text:
             first, last = text.split(':')
             chosen = [i for i, name in enumerate(names) if name != EMBEDDING
                       and (int(first) if first else 0) <= int(name) < (int(last) if last else len(names))]
         else:
-            chosen = [names.index(part.strip()) for part in text.split(',')]
+            chosen = list(dict.fromkeys(names.index(part.strip()) for part in text.split(',')))
     except ValueError:
         chosen = []
     if not chosen:
@@ -116,19 +119,16 @@ def read_numbers(key, text, names):
 
 def sequence(subject, config):
     """The token ids of one copy. Raises UserError."""
-    if config.prompt:
-        ids = subject.tokens('prompt', config.prompt)
-    else:
-        generator = torch.Generator().manual_seed(config.seed)
-        ids = torch.randint(subject.n_vocab, (config.random_tokens,), generator=generator).tolist()
-    block_size = subject.model.config.block_size
-    if len(ids) * config.repeat > block_size:
-        times = f' times repeat={config.repeat}' if config.repeat > 1 else ''
-        raise UserError(f"{'prompt' if config.prompt else 'random_tokens'}: {len(ids)} tokens{times} do not fit into "
-                        f'block_size={block_size}: give fewer')
-    if len(ids) * config.repeat - config.drop_first < 2:
-        raise UserError(f'{len(ids) * config.repeat} tokens are too few to compare: give a longer prompt, or repeat it')
-    return ids
+    ids = subject.tokens('prompt', config.prompt) if config.prompt else []
+    count, block_size = (len(ids) or config.random_tokens) * config.repeat, subject.model.config.block_size
+    if count > block_size:
+        times = f', repeat={config.repeat} times,' if config.repeat > 1 else ''
+        raise UserError(f"{f'prompt of {len(ids)} tokens' if ids else f'random_tokens={config.random_tokens}'}{times} does not fit "
+                        f'into block_size={block_size}: give fewer')
+    if count - config.drop_first < 2:
+        raise UserError(f"{'prompt' if ids else 'random_tokens'}: {count} tokens are too few to compare: give more, or repeat them")
+    generator = torch.Generator().manual_seed(config.seed)
+    return ids or torch.randint(subject.n_vocab, (config.random_tokens,), generator=generator).tolist()
 
 
 def analyse(subject, config):
@@ -137,8 +137,8 @@ def analyse(subject, config):
     names = [EMBEDDING, *map(str, range(subject.model.config.n_layer))]
     layers, tokens = read_numbers('layers', config.layers, names), read_numbers('tokens', config.tokens, [*map(str, range(len(ids)))])
     streams = residual_streams(subject.model, torch.tensor([ids], device=subject.device))[:, 0].double().cpu().numpy()
+    streams = streams - streams.mean(-1, keepdims=True)  # which no reader sees
     if config.normalize:
-        streams = streams - streams.mean(-1, keepdims=True)
         streams = streams / np.linalg.norm(streams, axis=-1, keepdims=True).clip(1e-12)
     dropped = int(config.drop_first)
     coordinates, explained = project(streams[:, dropped:], config.basis)
@@ -184,7 +184,7 @@ def write_labels(ax, points, result):
 
 
 def name_copies(ax, result):
-    if len(set(result.copies)) > 1:
+    if 1 < len(set(result.copies)) <= len(MARKERS):
         ax.legend(fontsize=7, loc='best')
 
 
@@ -223,6 +223,8 @@ def draw_trajectories(name, result, labels=True):
     if labels:
         write_labels(ax, result.coordinates[-1], result)
     label_axes(ax, result.explained[-1])
+    if result.basis == 'per_layer':
+        ax.set(xlabel='PC 1 of each layer', ylabel='PC 2 of each layer')
     ax.set_title(f'Residual stream of {name}\nfrom x ({layer_title(result.layers[0])}) to the large point '
                  f'({layer_title(result.layers[-1])})\n{how(result)}', fontsize=10)
     name_copies(ax, result)

@@ -54,7 +54,8 @@ def in_context_positions(T):
     two places."""
     early, late = 50 * T // 512 - 1, 500 * T // 512 - 1
     if not 0 <= early < late:
-        raise UserError(f'block_size={T} is too short for an in-context loss: take a model with a longer context')
+        raise UserError(f'a context of {T} tokens (the smaller of block_size and max_tokens) is too short for an in-context loss: '
+                        'take a model with a longer one, or give more tokens')
     return early, late
 
 
@@ -67,7 +68,7 @@ def token_losses(model, x, targets):
 def mean_outputs(model, windows):
     """What each head gives on average over windows, tensors (B, T): for each layer (n_head, T, head_dim)."""
     totals, count = [0.0] * model.config.n_layer, 0
-    for idx in windows:
+    for idx in progress(windows, 'mean outputs'):
         for block in record(model, idx):
             totals[block.layer] = totals[block.layer] + block.z.sum(0)
         count += len(idx)

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.induction_heads import Config as InductionConfig
-from analysis.induction_heads import copy_length
+from analysis.induction_heads import batch_size, copy_length
 from analysis.plots import Panel, draw_panels, token_labels
 from analysis.program import main, progress, top_heads
 from analysis.record import record, repeated_tokens
@@ -25,6 +25,11 @@ class Config(InductionConfig):
     threshold: float = 0.3  # the table has the heads that score above, of each kind
     prompt: str = ''  # a text or FILE:prompt.txt: draw the patterns of some heads over it, attention_patterns_prompt.png
     heads: str = ''  # which heads, such as 5.1,6.9; '': the strongest of each kind
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.heads and not self.prompt:
+            raise ValueError(f'heads={self.heads!r} are drawn over a prompt: give one')
 
 
 @dataclass
@@ -54,8 +59,9 @@ def analyse(subject, config):
     idx = repeated_tokens(subject.n_vocab, config.sequences, n, config.seed).to(subject.device)
     choices = torch.arange(2, 2 * n + 1, device=subject.device).log()  # the largest entropy of each row but the first
     sums = {kind: np.zeros((model.config.n_layer, model.config.n_head)) for kind in (*KINDS, 'entropy', 'relative_entropy')}
-    for start in progress(range(0, len(idx), config.batch_size), 'patterns'):
-        for block in record(model, idx[start:start + config.batch_size]):
+    size = batch_size(model, 2 * n)
+    for start in progress(range(0, len(idx), size), 'patterns'):
+        for block in record(model, idx[start:start + size]):
             pattern = block.pattern()
             entropy = row_entropy(pattern)[..., 1:]  # (B, n_head, T - 1)
             found = {'previous': pattern.diagonal(-1, -2, -1), 'current': pattern.diagonal(0, -2, -1)[..., 1:],
@@ -89,8 +95,8 @@ def table(result):
         best = top_heads(scores, 1)[0]
         found = '  '.join(f'{layer}.{head} {scores[layer, head]:.2f}' for layer, head in heads)
         lines.append(f'{name:>16}   {found or f"none above {result.threshold:g}; {best[0]}.{best[1]} {scores[best]:.2f}"}')
-    spread = '  '.join(f'{mean:.2f}' for mean in result.relative_entropy.mean(1))
-    return '\n'.join(lines + [f'{"entropy":>16}   {spread}   by layer, share of that of even attention'])
+    entropies = '  '.join(f'{mean:.2f}' for mean in result.relative_entropy.mean(1))
+    return '\n'.join(lines + [f'{"entropy":>16}   {entropies}   by layer, share of that of even attention'])
 
 
 def plot(results):

@@ -21,11 +21,10 @@ class Config(AnalysisConfig):
     sequences: int = 50  # random sequences
     length: int = 50  # tokens in a copy, of two; at most half of the context
     threshold: float = 0.4  # the table has the heads that score above
-    batch_size: int = 8  # sequences side by side
 
     def __post_init__(self):
         super().__post_init__()
-        check_least(self, sequences=1, length=2, batch_size=1)
+        check_least(self, sequences=1, length=2)
 
 
 @dataclass
@@ -44,16 +43,22 @@ def copy_length(model, length):
     return min(length, model.config.block_size // 2)
 
 
+def batch_size(model, length):
+    """How many sequences of so many tokens at once, so that the patterns of one block take 64 MB at most, or are of one."""
+    return max(1, min(16, 2 ** 24 // (model.config.n_head * length ** 2)))
+
+
 def analyse(subject, config):
     model = subject.model
     n = copy_length(model, config.length)
     idx = repeated_tokens(subject.n_vocab, config.sequences, n, config.seed).to(subject.device)
     scores = np.zeros((len(idx), model.config.n_layer, model.config.n_head))
-    for start in progress(range(0, len(idx), config.batch_size), 'induction'):
-        for block in record(model, idx[start:start + config.batch_size]):
+    size = batch_size(model, 2 * n)
+    for start in progress(range(0, len(idx), size), 'induction'):
+        for block in record(model, idx[start:start + size]):
             # from position n + i of the second copy to i + 1, which followed the same token
             matches = block.pattern().diagonal(1 - n, -2, -1)[..., 1:]  # (B, n_head, n)
-            scores[start:start + config.batch_size, block.layer] = matches.mean(-1).cpu()
+            scores[start:start + size, block.layer] = matches.mean(-1).cpu()
     return Induction(scores.mean(0), scores.std(0), n, config.threshold)
 
 
@@ -71,7 +76,7 @@ def table(result):
 
 def plot(results):
     return draw_panels('Induction heads: attention to what followed the same token before', [
-        Panel('prefix-matching score', {name: result.scores for name, result in results.items()}, 'mean attention', 0, 1)])
+        Panel('prefix-matching score', {name: result.scores for name, result in results.items()}, 'mean attention', 0, None)])
 
 
 if __name__ == '__main__':

@@ -158,7 +158,8 @@ def attribute(model, prompts):
         heads = torch.einsum('bhd,hdn->hbn', z.double(), W_O.double())  # (n_head, B, n_embd)
         if block.layer == 0:
             rest = at_end(block.before, prompts).double()
-        rest = rest + at_end(block.attention_out, prompts).double() - heads.sum(0)  # the bias
+        bias = blocks[block.layer].attn.c_proj.bias
+        rest = rest if bias is None else rest + bias.double()
         written.append((heads, at_end(block.mlp_out, prompts).double()))
     x = at_end(block.after, prompts).double()
     std = (x.var(-1, correction=0) + 1e-5).sqrt()  # (B,)
@@ -236,7 +237,7 @@ def plot(results):
     panels = [Panel('direct logit attribution', attribution, 'nats', -end, end, 'RdBu_r')]
     for role in range(len(ROLES)):
         restored = {name: result.restored[:, :, role] for name, result in results.items()}
-        if np.isfinite(list(restored.values())[0]).any():
+        if any(np.isfinite(shares).any() for shares in restored.values()):
             end = symmetric({name: result.restored for name, result in results.items()})
             panels.append(Panel(f'patched at {ROLES[role]}', restored, 'share restored', -end, end, 'RdBu_r'))
     title = ', '.join(f'{name}: {result.logit_difference:.2f} nats, IO in {result.share:.0%}' for name, result in results.items())

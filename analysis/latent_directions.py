@@ -28,7 +28,7 @@ from configurator import UserError, check_least, run
 
 @dataclass
 class Config(AnalysisConfig):
-    directions: int = 3  # of each layer, in table and json
+    directions: int = 3  # of each layer, in the numbers
     tokens: int = 6  # at either end of a direction
     alone: float = 0.9  # from this share on, a direction is used by keys (or values) alone
 
@@ -89,6 +89,8 @@ def analyse(subject, config):
     if any(latent.size(1) >= n_embd - 1 for latent in latents):
         raise UserError(f'latent_directions needs a latent narrower than the residual stream, and the keys and values of '
                         f'{subject.source} read all {n_embd} dimensions, as those of MHA do: give an MLA model')
+    if not all(latent.size(1) for latent in latents):
+        raise UserError(f'the keys and values of {subject.source} read nothing in some layer: give a trained model')
     W_U = folded_unembedding(model, n_vocab)
     result = LatentDirections([], [], *np.zeros((3, n_layer)), [], config.alone)
     labels = token_labels(subject.tokenizer, range(n_vocab))
@@ -97,6 +99,8 @@ def analyse(subject, config):
         """Texts of the tokens at the two ends of along (n_vocab,)."""
         count = min(config.tokens, n_vocab)
         return [[labels[i] for i in (sign * along).topk(count).indices.tolist()] for sign in (1, -1)]
+    ids = torch.arange(n_vocab, device=subject.device).split(8192)
+    bare, behind_mlp = (torch.cat([token_vectors(model, part, first_mlp) for part in ids]) for first_mlp in (False, True))
     for layer in progress(range(n_layer), 'latent directions'):
         basis = latents[layer]
         G_K, G_V = users(heads, layer, basis)
@@ -108,7 +112,7 @@ def analyse(subject, config):
         result.keys_alone[layer] = (shares >= config.alone).double().mean()
         result.values_alone[layer] = (shares <= 1 - config.alone).double().mean()
         result.both[layer] = 1 - result.keys_alone[layer] - result.values_alone[layer]
-        tokens = token_vectors(model, torch.arange(n_vocab), first_mlp=layer > 0)
+        tokens = behind_mlp if layer else bare
         found = []
         for number in range(min(config.directions, len(strengths))):
             u = basis @ vectors[:, number]  # (n_embd,)
@@ -129,12 +133,11 @@ def table(result):
              'more)']
     lines += [f'{layer:>5}{keys:>12.0%}{values:>14.0%}{both:>7.0%}' for layer, (keys, values, both) in
               enumerate(zip(result.keys_alone, result.values_alone, result.both))]
-    for layer, directions in enumerate(result.directions):
-        lines += ['', f'layer {layer}: strength, part of the keys, tokens at both ends -> what the head that it moves most writes']
-        for d in directions:
-            head = int(np.argmax(d.head_strength))
-            lines.append(f'{d.strength:>8.3f}{d.key_share:>6.0%}   {" ".join(d.excite)}  |  {" ".join(d.inhibit)}  ->  {layer}.{head}  '
-                         f'{" ".join(d.writes[head])}  |  {" ".join(d.suppresses[head])}')
+    lines += ['', 'the strongest direction of each layer: part of the keys, tokens at both ends -> what the head that it moves most writes']
+    for layer, (d, *_) in enumerate(result.directions):
+        head = int(np.argmax(d.head_strength))
+        lines.append(f'{layer:>5}{d.key_share:>6.0%}   {" ".join(d.excite[:4])}  |  {" ".join(d.inhibit[:4])}  ->  {layer}.{head}  '
+                     f'{" ".join(d.writes[head][:4])}  |  {" ".join(d.suppresses[head][:4])}')
     return '\n'.join(lines)
 
 

@@ -17,7 +17,7 @@ class Panel:
     colors: str = 'viridis'
     rows: str = 'layer'
     columns: str = 'head'
-    digits: int | None = 2  # of the numbers written into the cells of a small map; None: none
+    numbers: bool = True  # written into the cells of a small map
     names: dict | None = None  # name of the model -> what its rows and what its columns are called, two lists
 
 
@@ -33,15 +33,16 @@ def draw_map(ax, values, panel, low, high, small):
     ax.set_facecolor('#dddddd')
     ax.set_xlabel(panel.columns)
     ax.set_ylabel(panel.rows)
-    if panel.digits is None or not small:
+    if not panel.numbers or not small:
         return image
+    digits = 2 if max(abs(low), abs(high)) >= 0.1 else 3 if max(abs(low), abs(high)) >= 0.01 else 4
     ax.set_xticks(range(values.shape[1]))
     ax.set_yticks(range(values.shape[0]))
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            ax.text(j, i, f'{value:.{panel.digits}f}', ha='center', va='center', fontsize=7, color='white' if dark else 'black')
+            ax.text(j, i, f'{value:.{digits}f}', ha='center', va='center', fontsize=7, color='white' if dark else 'black')
     return image
 
 
@@ -68,7 +69,7 @@ def draw_panel(box, panel):
     axes = box.subplots(1, len(panel.maps), squeeze=False)[0]
     for ax, (name, values) in zip(axes, panel.maps.items()):
         values = np.asarray(values, dtype=float)
-        image = draw_map(ax, values, panel, low, high, small=values.shape[0] <= 13 and values.shape[1] <= 13)
+        image = draw_map(ax, values, panel, low, high, small=values.shape[0] <= 16 and values.shape[1] <= 8)
         if panel.names:
             name_cells(ax, *panel.names[name])
         ax.set_title(f'{panel.title}\n{name}' if len(panel.maps) > 1 else panel.title, fontsize=9)
@@ -77,7 +78,7 @@ def draw_panel(box, panel):
 
 def symmetric(maps, at_least=1e-12):
     """The end of a colour scale around zero that fits all the maps."""
-    return max(at_least, *(float(np.nanmax(np.abs(values))) for values in maps.values()))
+    return max([at_least, *(float(np.abs(values[np.isfinite(values)]).max(initial=0)) for values in maps.values())])
 
 
 def token_labels(tokenizer, ids):

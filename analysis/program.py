@@ -11,6 +11,7 @@ An analysis is a module with a docstring, a Config, and three functions:
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +104,9 @@ def load_subject(source, device, key='model'):
     if not source:
         raise UserError(f'{key} is empty: give --{key}=CHECKPOINT, an out_dir, a Hugging Face directory, or gpt2')
     model, spec = load_model(source, device)
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f'{key}={source} has weights that are not finite, in {name}: give another checkpoint')
     return Subject(model, spec, source)
 
 
@@ -127,10 +131,10 @@ def main(name, Config, analyse, table, plot, plot_prompt=None):
 
 
 def default_folder(subject):
-    """A folder of its own for each model, so that the numbers of one do not replace those of another."""
-    source = Path(subject.source)
-    *folders, name = [part for part in (source.resolve() if source.exists() else source).parts if part != '/']
-    return Path('out_analysis', *folders[-1:], name.removesuffix('.pt'))
+    """A folder of its own for each model, so that the numbers of one do not replace those of another: in out_analysis, what
+    leads from here to the model."""
+    parts = Path(os.path.relpath(subject.source)).parts
+    return Path('out_analysis', *(part.removesuffix('.pt') for part in parts if part != '..'))
 
 
 def make_folder(out_dir):

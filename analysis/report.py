@@ -8,10 +8,11 @@ import base64
 import html
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib import import_module
 
-from analysis.program import AnalysisConfig, as_json, load_subject, make_folder, progress, save
-from checkpoint import describe
+from analysis.program import AnalysisConfig, as_json, load_subject, make_folder, progress, save, text_tokens
+from checkpoint import describe, find_checkpoint, is_hugging_face
 from configurator import UserError, configure, run
 from device import pick_device
 
@@ -65,16 +66,16 @@ def settings(module, config, source):
 
 
 def run_part(name, subjects, config):
-    """The results of one analysis by the names of the models, and a line for each that it could not serve."""
+    """The module of one analysis, its results by the names of the models, and a line for each that it could not serve."""
     module, results, left_out = import_module(f'analysis.{name}'), {}, []
     if name == 'similarity':
-        subjects, (first, second) = {' and '.join(subjects): None}, subjects.values()
-    for label, subject in subjects.items():
+        runs = {' and '.join(subjects): lambda: module.compare(*subjects.values(), settings(module, config, config.model))}
+    else:
+        runs = {label: partial(module.analyse, subject, settings(module, config, subject.source))
+                for label, subject in subjects.items()}
+    for label, analyse in runs.items():
         try:
-            if name == 'similarity':
-                results[label] = module.compare(first, second, settings(module, config, config.model))
-            else:
-                results[label] = module.analyse(subject, settings(module, config, subject.source))
+            results[label] = analyse()
         except UserError as e:
             left_out.append(f'{label}: {e}')
     return module, results, left_out
@@ -92,15 +93,25 @@ def section(name, module, results, left_out, out_dir):
     return '\n'.join(parts)
 
 
+def same_model(source, other):
+    """Whether two sources lead to the same weights."""
+    if is_hugging_face(source) or is_hugging_face(other):
+        return source == other
+    return find_checkpoint(source).resolve() == find_checkpoint(other).resolve()
+
+
 def main():
     config, _ = configure(sys.argv[1:], Config)
     device, _ = pick_device(config.device)
     pair = [load_subject(config.model, device), load_subject(config.other, device, key='other')]
     labels = [LABELS[subject.model.model_type] for subject in pair]
+    if same_model(config.model, config.other):
+        raise UserError(f'other={config.other!r} is the same as model={config.model!r}: give another')
     if labels[0] == labels[1]:
-        labels = [f'{label}, {subject.label}' for label, subject in zip(labels, pair)]
-    if labels[0] == labels[1]:
-        raise UserError(f'other={config.other!r} is the same as model: give another')
+        labels = [f'{label}, {subject.source}' for label, subject in zip(labels, pair)]
+    if config.text:
+        for subject in pair:
+            text_tokens(subject, config.text)  # a mistake in it is said before the work, not after
     subjects = dict(zip(labels, pair))
     for label, subject in subjects.items():
         subject.label = label
@@ -113,14 +124,15 @@ def main():
     for name in progress(list(PARTS), 'report'):
         module, results, left_out = run_part(name, subjects, config)
         if results:
-            save(name, as_json(results), {name: module.plot(results)}, settings(module, config, config.model), out_dir)
+            sources = {label: subject.source for label, subject in subjects.items()}
+            save(name, {'models': sources, **as_json(results)}, {name: module.plot(results)}, settings(module, config, config.model), out_dir)
         for line in left_out:
             print(f'{name}: left out for {line}')
         body.append(section(name, module, results, left_out, out_dir))
     try:
         (out_dir / 'report.html').write_text(PAGE.format(body='\n'.join(body)), encoding='utf-8')
     except OSError as e:
-        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror}): give another') from None
+        raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror}): give another') from None
     print(f'saved {out_dir / "report.html"}')
 
 

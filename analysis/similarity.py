@@ -7,7 +7,8 @@ Linear CKA (Kornblith et al. 2019, eq. 3 with linear kernels) of activations X (
 
 It is 1 for activations that are the same up to rotation and scale. Residual streams are taken less their mean over n_embd,
 which every reader removes. Heads are compared by what they write, and matched one to one so that the CKAs add up to the most.
-How high a CKA is says little alone: the CKA of one model with itself, a layer further, is what to hold it against.
+How high a CKA is says little alone. Hold it against that of one model with itself a layer further, and against chance, the CKA
+with the tokens in random order: with few tokens for the width it is far above 0.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from configurator import UserError, check_least, run
 class Config(AnalysisConfig):
     other: str = ''  # the model to compare with, given as model is
     text: str = ''  # FILE:book.txt or a dataset; '': the val split that the checkpoint of model names
-    max_tokens: int = 2048  # of the text, in windows of the shorter context
+    max_tokens: int = 4096  # of the text, in windows of the shorter context
 
     def __post_init__(self):
         super().__post_init__()
@@ -37,6 +38,7 @@ class Config(AnalysisConfig):
 @dataclass
 class Similarity:
     residual: np.ndarray  # (n_layer + 1, n_layer + 1 of the other) CKA after the embedding and after each block
+    residual_chance: np.ndarray  # the diagonal again, with the tokens of one model in random order
     residual_self: np.ndarray  # (n_layer + 1, n_layer + 1) of the model with itself, for comparison
     heads: np.ndarray  # (heads, heads of the other) CKA of what they write
     names: list  # layer.head of each head
@@ -46,16 +48,10 @@ class Similarity:
     models: tuple
 
 
-def cka(X, Y):
-    """Linear CKA of X (tokens, a) and Y (tokens, b), 0 to 1; 0 where one of them never varies."""
-    X, Y = centred(X, 0), centred(Y, 0)
-    size = (X.mT @ X).norm() * (Y.mT @ Y).norm()
-    return ((Y.mT @ X).square().sum() / size).item() if size > 0 else 0.0
-
-
 def cka_table(rows, columns):
-    """CKA of each of rows with each of columns, both lists of (tokens, n): (rows, columns)"""
-    rows, columns = ([centred(X, 0) for X in side] for side in (rows, columns))
+    """Linear CKA, 0 to 1, of each of rows with each of columns, both lists of (tokens, n): (rows, columns). It is 0 where one
+    of them never varies."""
+    rows, columns = ([centred(X.double(), 0) for X in side] for side in (rows, columns))
     sizes = [[(X.mT @ X).norm().item() for X in side] for side in (rows, columns)]
     scores = np.zeros((len(rows), len(columns)))
     everything, widths = torch.cat(columns, dim=1), [Y.size(1) for Y in columns]
@@ -72,7 +68,7 @@ def activations(model, windows):
     written = [[] for _ in range(model.config.n_layer)]
     # W_O as an orthogonal map and a triangle: lengths and angles of z W_O are those of z times the triangle
     shapes = [triangle(centred(block.attn.head_weights()[-1].detach()).mT).mT for block in model.transformer.h]
-    for idx in windows:
+    for idx in progress(windows, 'activations'):
         for block in record(model, idx):
             if block.layer == 0:
                 streams[0].append(centred(block.before).flatten(0, 1))
@@ -93,14 +89,20 @@ def compare(subject, other, config):
                         'not: give two that were trained on the same data')
     T = min(subject.model.config.block_size, other.model.config.block_size, config.max_tokens)
     windows = [idx[:, :-1] for idx in subject.windows(config.text, config.max_tokens, T)]
+    n_tokens, width = sum(idx.numel() for idx in windows), max(subject.model.config.n_embd, other.model.config.n_embd)
+    if n_tokens < 2 * width:
+        raise UserError(f'similarity has only {n_tokens:,} tokens for streams of width {width}: give a longer text, and '
+                        f'max_tokens={2 * width} or more')
     streams, heads = activations(subject.model, windows)
     other_streams, other_heads = activations(other.model, [idx.to(other.device) for idx in windows])
     scores = cka_table(heads, other_heads)
     rows, columns = linear_sum_assignment(scores, maximize=True)
     names, other_names = head_names(subject.model), head_names(other.model)
     matches = sorted(([names[i], other_names[j], scores[i, j]] for i, j in zip(rows, columns)), key=lambda match: -match[2])
-    return Similarity(cka_table(streams, other_streams), cka_table(streams, streams), scores, names, other_names, matches,
-                      len(streams[0]), (subject.label, other.label))
+    order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(config.seed))
+    chance = [cka_table([mine], [others[order]]).item() for mine, others in zip(streams, other_streams)]
+    return Similarity(cka_table(streams, other_streams), np.array(chance), cka_table(streams, streams), scores, names, other_names,
+                      matches, n_tokens, (subject.label, other.label))
 
 
 def analyse(subject, config):
@@ -109,12 +111,13 @@ def analyse(subject, config):
 
 def table(result):
     def row(label, values):
-        return f'{label:>28}' + ''.join(f'{value:>7.2f}' for value in values)
+        return f'{label:>28}' + ''.join(f'{value:>7.2f}' if np.isfinite(value) else f'{"-":>7}' for value in values)
     best = '  '.join(f'{mine} ~ {others} {score:.2f}' for mine, others, score in result.matches[:8])
     lines = [f'{"after":>28}' + ''.join(f'{name:>7}' for name in ['embed', *range(min(map(len, (result.residual,
                                                                                               result.residual.T))) - 1)]),
              row('the same layer of the other', result.residual.diagonal()),
-             row('the layer before, same model', [np.nan, *result.residual_self.diagonal(1)][:len(result.residual.diagonal())])]
+             row('the layer before, same model', [np.nan, *result.residual_self.diagonal(1)][:len(result.residual.diagonal())]),
+             row('tokens in random order', result.residual_chance)]
     return '\n'.join(lines + [f'heads matched ({result.n_tokens:,} tokens), mean {np.mean([m[2] for m in result.matches]):.2f}: '
                               f'{best}'])
 
@@ -129,7 +132,7 @@ def plot(results):
         Panel('with itself, for comparison', {'': result.residual_self}, 'CKA', 0, 1, rows=f'{model}, layer',
               columns=f'{model}, layer', names={'': (layers[0], layers[0])}),
         Panel('what heads write', {'': result.heads}, 'CKA', 0, 1, rows=f'head of {model}', columns=f'head of {other}',
-              digits=None, names={'': (result.names, result.other_names)})])
+              numbers=False, names={'': (result.names, result.other_names)})])
 
 
 if __name__ == '__main__':

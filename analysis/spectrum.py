@@ -35,6 +35,7 @@ from configurator import UserError, check_least, run
 
 TRACY_WIDOM = 3.27  # 99.9 % of the largest eigenvalues of noise lie below this, in Tracy and Widom's unit
 PRODUCTS = {'QK': 'W_Q W_K^T', 'OV': 'W_V W_O'}
+WRITTEN = {'QK': 'scores q k^T', 'OV': 'written v W_O'}
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Spectrum:
     weights: dict  # 'QK' and 'OV' -> Spectra
     activations: dict  # the same; empty where there was no text
     n_tokens: int  # of the text
+    no_text: str = ''  # why there was none
 
 
 def effective_rank(singular_values):
@@ -102,19 +104,14 @@ def count_outliers(singular_values, ratios):
     return 0
 
 
-def marchenko_pastur_outliers(X):
-    """How many singular values of X (n, p) independent entries of one variance would not explain. Of at most n, p."""
-    n, p = max(X.shape), min(X.shape)
-    return count_outliers(torch.linalg.svdvals(X).cpu(), (p / n,))
-
-
 def spectra(A, B, n, m, latents):
     """Spectra of the products A B of all heads, A (n_layer, n_head, n, r) and B (n_layer, n_head, r, m). n and m are the
     dimensions that count for noise, latents (n_layer) those of what it would be read through, None for nothing."""
     values, r = product_singular_values(A, B), A.size(-1)
 
     def count(layer, latent):
-        return [count_outliers(head.cpu(), (r / n, r / m) + ((r / latent,) if latent else ())) for head in layer]
+        p, *others = sorted([r, n, m, *([latent] if latent else [])])  # noise has p singular values, and then zeros
+        return [count_outliers(head[:p].cpu(), tuple(p / other for other in others)) for head in layer]
     return Spectra(values.cpu().numpy(), effective_rank(values).cpu().numpy(),
                    np.array([count(layer, latent) for layer, latent in zip(values, latents)]),
                    np.array([count(layer, None) for layer in values]))
@@ -150,10 +147,10 @@ def analyse(subject, config):
     try:
         length = min(subject.model.config.block_size, config.max_tokens)
         windows = subject.windows(config.text, config.max_tokens, length)
-    except UserError:
+    except UserError as e:
         if config.text:
             raise
-        return Spectrum(weights, {}, 0)  # no text is known, and none was asked for
+        return Spectrum(weights, {}, 0, str(e))  # none was asked for
     windows = [idx[:, :-1] for idx in windows]
     n_tokens = sum(idx.numel() for idx in windows)
     head_dim = subject.model.config.n_embd // subject.model.config.n_head
@@ -164,17 +161,17 @@ def analyse(subject, config):
 
 
 def table(result):
-    parts = {'weights': result.weights, f'{result.n_tokens:,} tokens': result.activations}
-    lines = [f'{"":>18}{"product":>11}   effective rank (outliers against noise of its own kind, against common noise) by layer, '
-             'mean over heads']
-    for where, spectra in parts.items():
-        for name, found in spectra.items():
-            cells = '  '.join(f'{rank:.1f} ({own:.1f}, {common:.1f})' for rank, own, common in
-                              zip(found.effective_rank.mean(1), found.outliers.mean(1), found.outliers_common.mean(1)))
-            lines.append(f'{where:>18}{PRODUCTS[name] if where == "weights" else name:>11}   {cells}')
-    if not result.activations:
-        lines.append('no activations: give --text=FILE:book.txt')
-    return '\n'.join(lines)
+    columns = {f'{PRODUCTS[name]}, weights': found for name, found in result.weights.items()}
+    columns |= {f'{WRITTEN[name]}, {result.n_tokens:,} tokens': found for name, found in result.activations.items()}
+    lines = [f'{"layer":>5}' + ''.join(f'{name:>26}' for name in columns)]
+    for layer in range(len(result.weights['QK'].effective_rank)):
+        cells = ''
+        for name, found in columns.items():
+            outliers = found.outliers[layer].mean(), found.outliers_common[layer].mean()
+            cells += f'{f"{found.effective_rank[layer].mean():.1f} ({outliers[0]:.1f}, {outliers[1]:.1f})":>26}'
+        lines.append(f'{layer:>5}{cells}')
+    lines.append('effective rank (outliers against noise of its own kind, against common noise), mean over heads')
+    return '\n'.join(lines + ([f'no activations: {result.no_text}'] if result.no_text else []))
 
 
 def plot(results):
@@ -183,7 +180,7 @@ def plot(results):
     if all(result.activations for result in results.values()):
         rows += [('activations', 'QK'), ('activations', 'OV')]
     figure = Figure(figsize=(5.5 * len(results) + 0.5, 2.6 * len(rows) + 0.6), layout='constrained')
-    figure.suptitle('How much rank is used: singular values of every head', fontsize=11)
+    figure.suptitle('How much rank is used: singular values of every head', fontsize=12)
     axes = figure.subplots(len(rows), len(results), squeeze=False, sharex=True, sharey='row')
     for row, (where, product) in zip(axes, rows):
         for ax, (name, result) in zip(row, results.items()):
@@ -194,7 +191,7 @@ def plot(results):
                     values = found.singular_values[layer, head]
                     ax.semilogy(np.arange(1, r + 1), np.maximum(values / max(values[0], 1e-300), 1e-6), color=f'C{layer % 10}',
                                 linewidth=0.8, alpha=0.7, label=f'layer {layer}' if head == 0 else None)
-            what = PRODUCTS[product] if where == 'weights' else {'QK': 'scores q k^T', 'OV': 'written v W_O'}[product]
+            what = PRODUCTS[product] if where == 'weights' else WRITTEN[product]
             outliers = f', outliers {found.outliers.mean():.1f} (against common noise {found.outliers_common.mean():.1f})'
             ax.set_title(f'{name}: {what}, {where}\nmean effective rank {found.effective_rank.mean():.1f} of {r}'
                          f'{outliers if where == "weights" else ""}', fontsize=9)

@@ -63,12 +63,6 @@ def squared_cosines(A, B):
     return torch.linalg.eigvalsh(products.mT @ products).flip(-1).clamp(0, 1)
 
 
-def principal_angles(A, B):
-    """The principal angles in degrees between what the columns of A and of B, both (n, a), span, smallest first: (a,)"""
-    (A, B), _ = padded_bases(torch.stack([A, B]))
-    return degrees(squared_cosines(A, B[None])[0])
-
-
 def degrees(squared_cosines):
     return torch.rad2deg(torch.arccos(squared_cosines.sqrt()))
 
@@ -108,11 +102,13 @@ def analyse(subject, config):
 
 
 def table(result):
+    def or_dash(value, form):
+        return form.format(value) if np.isfinite(value) else '-'
     lines = [f'{"overlap of":>15}{"within a layer":>16}{"across layers":>15}{"chance":>9}{"smallest angle, within":>25}']
     for pair in result.overlap:
         angle = np.atleast_1d(result.angles_within[pair])[0]
-        lines.append(f'{pair:>15}{result.within[pair]:>16.3f}{result.across[pair]:>15.3f}{result.chance[pair]:>9.3f}'
-                     f'{angle:>23.0f} \N{DEGREE SIGN}')
+        lines.append(f'{pair:>15}{or_dash(result.within[pair], "{:.3f}"):>16}{or_dash(result.across[pair], "{:.3f}"):>15}'
+                     f'{result.chance[pair]:>9.3f}{or_dash(angle, "{:.0f} degrees"):>25}')
     ranks = ', '.join(map(str, result.latent_rank))
     return '\n'.join(lines + [f'keys and values together read {ranks} dimensions (by layer); random keys or values within that '
                               f'overlap {result.chance_in_latent:.3f}'])
@@ -125,14 +121,16 @@ def plot(results):
         return {name: np.where(np.eye(len(result.names), dtype=bool) & self, np.nan, result.overlap[pair])
                 for name, result in results.items()}
     names = {name: (result.names,) * 2 for name, result in results.items()}
-    chance = np.mean([list(result.chance.values()) for result in results.values()])
+    chance = '; '.join(f'{name} {np.mean(list(result.chance.values())):.2f}, in a latent {result.chance_in_latent:.2f}'
+                       for name, result in results.items())
+    high = max(values[np.isfinite(values)].max(initial=0) for first, second in PAIRS for values in maps(f'{first}-{second}').values())
     sides = {'output': 'writes', 'key': 'reads keys', 'value': 'reads values'}
-    panels = [Panel(f'{first} and {second} spaces', maps(f'{first}-{second}'), 'mean squared cosine', 0, None,
-                    rows=f'head that {sides[first]}', columns=f'head that {sides[second]}', digits=None, names=names)
+    panels = [Panel(f'{first} and {second} spaces', maps(f'{first}-{second}'), 'mean squared cosine', 0, high,
+                    rows=f'head that {sides[first]}', columns=f'head that {sides[second]}', numbers=False, names=names)
               for first, second in PAIRS]
     panels.append(Panel('latent spaces of two layers', {name: result.latent_overlap for name, result in results.items()},
                         'mean squared cosine', 0, 1, rows='layer', columns='layer'))
-    return draw_panels(f'Overlap of the spaces that heads write to and read from (of random spaces: {chance:.2f})', panels)
+    return draw_panels(f'Overlap of the spaces that heads write to and read from (random spaces: {chance})', panels)
 
 
 if __name__ == '__main__':

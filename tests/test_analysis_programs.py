@@ -11,7 +11,7 @@ import torch
 from analysis import NAMES, __main__, report
 from analysis import program as program_module
 from analysis.plots import Panel, draw_panels, token_labels
-from analysis.program import main, text_tokens
+from analysis.program import as_json, load_subject, main, text_tokens
 from analysis_models import random_model, subject
 from checkpoint import save_checkpoint
 from configurator import UserError
@@ -49,16 +49,53 @@ def saved(out_dir, name):
 
 
 @pytest.mark.parametrize('name', [name for name in SINGLE if name != 'ioi'])
+def test_the_trunk_of_a_k_ahead_model_gives_the_numbers_of_the_ordinary_model(name, data_dir):
+    module, ordinary = importlib.import_module(f'analysis.{name}'), random_model(GPT_MLA, n_latent=6)
+    text = {'text': str(data_dir)} if name in TEXT else {}
+    one, two = (as_json(module.analyse(subject(model), module.Config(**text)))
+                for model in (ordinary, GPT_KAhead.from_gpt(ordinary, k_ahead=3)))
+    assert one == two
+
+
+@pytest.mark.parametrize('name', [name for name in SINGLE if name not in ('ioi', 'latent_directions')])
+def test_gpt2s_published_form_is_taken_apart(name, tmp_path, data_dir):
+    """From a Hugging Face directory, and from nanoGPT's checkpoint of the same weights: the same numbers."""
+    model = random_model(GPT, vocab_size=50257)
+    to_hugging_face(model).save_pretrained(tmp_path / 'hf')
+    args = {key: getattr(model.config, key) for key in
+            ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    torch.save({'model': model.state_dict(), 'model_args': args, 'iter_num': 1, 'best_val_loss': 9.0, 'config': {}}, tmp_path / 'ckpt.pt')
+    (data_dir / 'meta.pkl').unlink()  # then the tokens count as GPT-2's
+    module = importlib.import_module(f'analysis.{name}')
+    config = module.Config(**{'text': str(data_dir)} if name in TEXT else {})
+    one, two = (module.analyse(load_subject(str(tmp_path / source), 'cpu'), config) for source in ('hf', 'ckpt.pt'))
+    for (key, mine), theirs in zip(as_json(one).items(), as_json(two).values()):
+        mine, theirs = (np.array(list(flat(value)), dtype=float) for value in (mine, theirs))
+        assert mine == pytest.approx(theirs, abs=5e-3, nan_ok=True), key
+
+
+def flat(value):
+    """The numbers in a result as_json."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from flat(item)
+    elif value is None or isinstance(value, float):
+        yield np.nan if value is None else value
+
+
+@pytest.mark.parametrize('name', [name for name in SINGLE if name != 'ioi'])
 def test_each_program_saves_a_picture_and_its_numbers(name, checkpoint, program, tmp_path):
-    path, out = checkpoint(GPT_MLA, n_layer=3), tmp_path / 'analysis'
+    path, out = checkpoint(GPT_MLA, n_layer=12), tmp_path / 'analysis'
     code, stdout, stderr = program(entry(name), f'--model={path}', f'--out_dir={out}')
     assert code == 0, stderr
-    assert stdout.startswith('GPT_MLA: 3 layers') and f'{name}.png and {name}.json' in stdout
-    assert max(len(line) for line in stdout.splitlines()) < 220
+    assert stdout.startswith('GPT_MLA: 12 layers') and f'{name}.png and {name}.json' in stdout
+    assert max(len(line) for line in stdout.splitlines()) < 160 and stdout.count('\n') < 45
     numbers = saved(out, name)
     assert numbers['settings']['model'] == str(path)
     if name == 'induction_heads':
-        assert np.shape(numbers['scores']) == (3, 2)
+        assert np.shape(numbers['scores']) == (12, 2)
 
 
 def test_ioi_and_induction_from_a_hugging_face_directory(program, tmp_path):
@@ -70,16 +107,6 @@ def test_ioi_and_induction_from_a_hugging_face_directory(program, tmp_path):
     assert np.shape(numbers['restored']) == (2, 2, 6) and 'IO preferred in' in stdout
     code, *_ = program(entry('induction_heads'), f'--model={tmp_path / "hf"}', f'--out_dir={tmp_path / "a"}', '--sequences=2')
     assert code == 0
-
-
-def test_a_nanogpt_checkpoint_is_taken_apart(program, tmp_path):
-    model = tiny_model(GPT, vocab_size=50304)
-    args = {key: getattr(model.config, key) for key in
-            ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
-    torch.save({'model': model.state_dict(), 'model_args': args, 'iter_num': 1, 'best_val_loss': 9.0, 'config': {}},
-               tmp_path / 'ckpt.pt')
-    code, stdout, stderr = program(entry('induction_heads'), f'--model={tmp_path / "ckpt.pt"}', f'--out_dir={tmp_path / "a"}')
-    assert code == 0, stderr
 
 
 def test_a_prompt_is_drawn_with_the_heads_asked_for(checkpoint, program, tmp_path):
@@ -96,7 +123,7 @@ def test_each_model_has_a_folder_of_its_own(checkpoint, program, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for name in ('ckpt.pt', 'ckpt_mla.pt'):
         program(entry('induction_heads'), f'--model={checkpoint(GPT, name)}')
-    found = sorted(path.relative_to(tmp_path / 'out_analysis' / tmp_path.name) for path in tmp_path.glob('out_analysis/**/*.json'))
+    found = sorted(path.relative_to(tmp_path / 'out_analysis') for path in tmp_path.glob('out_analysis/**/*.json'))
     assert list(map(str, found)) == ['ckpt/induction_heads.json', 'ckpt_mla/induction_heads.json']
 
 
@@ -121,7 +148,8 @@ def test_report_is_one_file_with_all_that_can_be_asked(checkpoint, program, tmp_
     assert 'Left out for MHA: latent_directions needs' in page
     numbers = saved(out, 'induction_heads')
     assert np.shape(numbers['MHA']['scores']) == np.shape(numbers['MLA']['scores']) == (2, 2)
-    assert list(saved(out, 'latent_directions')) == ['settings', 'MLA']
+    assert list(saved(out, 'latent_directions')) == ['settings', 'models', 'MLA']
+    assert numbers['models'] == {'MHA': str(mha), 'MLA': str(mla)}
 
 
 def test_report_of_two_models_of_one_kind(checkpoint, program, tmp_path):
@@ -152,6 +180,11 @@ def test_the_list_has_a_line_for_each(program):
     ('ioi', ['--model=CKPT'], ['one token', 'GPT-2']),
     ('latent_directions', ['--model=CKPT'], ['give an MLA model']),
     ('latent_directions', ['--model=CKPT', '--alone=0.3'], ['alone=0.3']),
+    ('attention_patterns', ['--model=CKPT', '--heads=0.1'], ['heads=', 'prompt']),
+    ('ablation', ['--model=CKPT', '--max_tokens=5'], ['max_tokens']),
+    ('similarity', ['--model=CKPT', '--other=CKPT', '--max_tokens=20'], ['max_tokens=32']),
+    ('report', ['--model=CKPT', '--other=ONE_LAYER', '--text=nonsense'], ['nonsense']),
+    ('report', ['--model=CKPT', '--other=CKPT'], ['is the same as']),
     ('ablation', ['--model=CKPT', '--text=FILE:none.txt'], ['text=FILE:none.txt', 'cannot be read']),
     ('ablation', ['--model=CKPT', '--text=nonsense'], ['nonsense']),
     ('spectrum', ['--model=CKPT', '--text=nonsense'], ['nonsense']),
@@ -164,6 +197,20 @@ def test_a_mistake_is_one_line(name, options, words, checkpoint, program, tmp_pa
         options = [option.replace(short, str(path)) for option in options]
     code, _, stderr = program(entry(name), f'--out_dir={tmp_path / "a"}', *options)
     assert code == 2 and stderr.count('\n') == 1 and all(word in stderr for word in words), stderr
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, program):
+    model = random_model(GPT)
+    model.transformer.h[1].attn.c_proj.weight.data[3, 3] = np.nan
+    save_checkpoint(tmp_path / 'ckpt.pt', model, CHARS, {}, 0)
+    code, _, stderr = program(entry('spectrum'), f'--model={tmp_path / "ckpt.pt"}', f'--out_dir={tmp_path}')
+    assert code == 2 and stderr.count('\n') == 1 and 'h.1.attn.c_proj.weight' in stderr
+
+
+def test_the_list_takes_no_names(program, monkeypatch):
+    monkeypatch.setattr(__main__.sys, 'argv', ['analysis', 'ioi'])
+    with pytest.raises(UserError, match='python -m analysis.NAME'):
+        __main__.main()
 
 
 def test_text_of_a_model_that_names_none(tmp_path, data_dir, monkeypatch):

@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from analysis.record import residual_streams
-from analysis_models import random_model, subject
+from analysis_models import random_model, same_function, subject
 from checkpoint import save_checkpoint
 from configurator import UserError
 from conftest import CHARS
@@ -65,6 +65,15 @@ def test_subsets_are_seen_in_the_basis_of_all():
     assert part.copies == [0, 0, 0, 1, 1, 1] and part.places == [3, 4, 5, 0, 1, 2]
 
 
+@pytest.mark.parametrize('model_class', [GPT, GPT_MLA])
+def test_the_same_function_gives_the_same_picture(model_class):
+    model = random_model(model_class)
+    one, two = (analyse(subject(m), ResidualConfig(prompt='abcdef')) for m in (model, same_function(model)))
+    assert one.explained == pytest.approx(two.explained, abs=1e-4)
+    mine, theirs = one.coordinates, two.coordinates
+    assert mine * np.sign((mine * theirs).sum((0, 1))) == pytest.approx(theirs, abs=1e-3)
+
+
 def test_normalised_vectors_and_the_first_position():
     model = random_model(GPT)
     result = analyse(subject(model), ResidualConfig(prompt='abcdef', drop_first=True, normalize=True))
@@ -79,7 +88,8 @@ def test_read_numbers():
     names = ['embed', '0', '1', '2', '3']
     assert read_numbers('layers', '0:2', names) == [1, 2] and read_numbers('layers', '2:', names) == [3, 4]
     assert read_numbers('layers', 'embed,3', names) == [0, 4] and read_numbers('layers', '', names) == [0, 1, 2, 3, 4]
-    for wrong in ('7', '1:1', 'x', '1,,2', '1:2:3', '-1'):
+    assert read_numbers('layers', '0,0', names) == [1]
+    for wrong in ('7', '1:1', 'x', '1,,2', '1:2:3', '-1', '-3:'):
         with pytest.raises(UserError, match='layers='):
             read_numbers('layers', wrong, names)
 
@@ -113,7 +123,8 @@ def test_program(program, tmp_path):
 
 @pytest.mark.parametrize('options, words', [
     (['--prompt=abc', '--repeat=9'], ['prompt', 'block_size=16']),
-    (['--random_tokens=40'], ['random_tokens', 'block_size=16']),
+    (['--random_tokens=40'], ['random_tokens=40', 'block_size=16']),
+    (['--random_tokens=1000000000000'], ['random_tokens=1000000000000', 'block_size=16']),
     (['--prompt=a'], ['too few']),
     (['--prompt=abc', '--layers=5'], ["layers='5'", 'embed']),
     (['--prompt=abc', '--tokens=0', '--drop_first'], ["tokens='0'"]),
