@@ -94,9 +94,11 @@ def sync_folder(path):
 
 def run_checkpoints(out_dir, model_type):
     """The files that a run has left to resume from: its checkpoint, the newest state beside it, and older ones."""
+    if not os.path.isdir(out_dir):
+        return []
     path = checkpoint_path(out_dir, model_type)
     older = [p for p in path.parent.glob('*.pt.*') if re.fullmatch(r'\d+', p.suffix[1:]) and p.stem in (path.name, last_path(path).name)]
-    return [p for p in (path, last_path(path), *sorted(older)) if p.exists()]
+    return [p for p in (path, last_path(path), *sorted(older)) if os.path.exists(p)]
 
 
 def read_newest(out_dir, model_type, device='cpu'):
@@ -134,8 +136,8 @@ def check_whole(path):
 def read_checkpoint(path, device='cpu', mmap=False):
     """The dictionary in the file at path, its tensors on device. With mmap they stay in the file until they are used.
     Raises UserError if there is none, or none to trust."""
-    if not Path(path).is_file():
-        raise UserError(f'there is no checkpoint {path}: train one first, or give another out_dir')
+    if not os.path.isfile(path):
+        raise UserError(f'there is no checkpoint {str(path)[:300]}: train one first, or give another out_dir')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
@@ -201,13 +203,14 @@ def from_pretrained(model_class, name, **overrides):
 
 def is_hugging_face(source):
     """Whether source is a GPT-2 by name or the directory of a Hugging Face model, and not a checkpoint or an out_dir."""
-    return (Path(source) / 'config.json').is_file() or str(source) in GPT2_NAMES and not Path(source).exists()
+    # os.path, which takes what can be no path for one that does not exist
+    return os.path.isfile(Path(source) / 'config.json') or str(source) in GPT2_NAMES and not os.path.exists(source)
 
 
 def find_checkpoint(source, model_type=None):
     """The path of a checkpoint: source itself, or in the out_dir source its only one, or the one of model_type."""
     path = Path(source)
-    if not path.is_dir() and (path.exists() or path.suffix == '.pt'):
+    if not os.path.isdir(path) and (os.path.exists(path) or path.suffix == '.pt'):
         return path
     found = [p for name in MODELS for p in run_checkpoints(path, name)[:1]]
     wanted = checkpoint_path(path, model_type or 'gpt')

@@ -37,6 +37,12 @@ def run(main):
             time.sleep(3)  # torchrun ends this process meanwhile if the first one failed too: one line for all
         print('error:', ' '.join(str(e).split()), file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search('allocate memory|out of memory|invalid.*size|overflow', str(e)):
+            raise
+        print(f'error: there is not enough memory ({" ".join(str(e).split())[:150]}): make the model, batch_size or block_size '
+              'smaller', file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # the reader, for instance head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

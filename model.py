@@ -35,6 +35,8 @@ class GPTConfig:
         for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)} must be at least 1')
+        if self.n_layer > 10_000:
+            raise ValueError(f'n_layer={self.n_layer} must be at most 10000')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
                              f'make n_embd a multiple of {self.n_head} or choose another n_head')

@@ -3,7 +3,7 @@ Train a GPT; train_mla.py trains a GPT_MLA with the same loop.
 
     python train.py config/train_shakespeare_char.py --batch_size=32                          one process
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py                    one node, 8 GPUs
-    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=IP --master_port=29500 train.py ...   two nodes
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=IP:29500 train.py ...   on each of two nodes
 
 A micro-batch is known by its number, counted over the whole run and all processes. (seed, number) alone decides its
 data and its dropout. So two processes see what one would, and a resumed run goes on with the data it has not seen.

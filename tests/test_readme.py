@@ -8,6 +8,8 @@ from analysis import NAMES
 from analysis.program import AnalysisConfig
 from bench import DecodeConfig, KAheadDecodeConfig, StepConfig
 from convert_mla import ConvertConfig
+from data.openwebtext.prepare import PrepareConfig
+from evaluate import EvaluateConfig
 from model_k_ahead import KAheadConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -17,7 +19,8 @@ README = (Path(__file__).parents[1] / 'README.md').read_text()
 
 
 @pytest.mark.parametrize('config_class', [TrainConfig, KAheadConfig, SampleConfig, ConvertConfig, DecodeConfig, StepConfig,
-                                          KAheadDecodeConfig, AnalysisConfig, ResidualConfig])
+                                          KAheadDecodeConfig, AnalysisConfig, ResidualConfig,
+                                          EvaluateConfig, PrepareConfig])
 def test_every_key_is_explained_with_its_default(config_class):
     missing = [f.name for f in fields(config_class) if f'| `{f.name}` | `{f.default!r}` | ' not in README]
     assert missing == []

@@ -1,0 +1,408 @@
+"""
+OpenWebText, another dataset of the Hugging Face Hub, or local files in GPT-2's byte-pair encoding: train.bin and val.bin
+(uint16), as nanoGPT has them. OpenWebText gives 9,035,582,198 and 4,434,897 tokens (17 GB).
+
+    python data/openwebtext/prepare.py
+    python data/openwebtext/prepare.py --dataset=HuggingFaceFW/fineweb-edu --subset=sample-10BT --out_dir=data/fineweb
+    python data/openwebtext/prepare.py --source='corpus/**/*.jsonl.gz' --out_dir=data/mine
+
+Local files are first copied to out_dir/parts as plain text, of which any document can be read at once. The documents, in
+their shuffled order, are tokenized in parts of fixed size, each a file in out_dir/parts. What is there is not done again,
+so an interrupted run goes on; at the end the parts are joined and the folder is removed.
+"""
+
+import codecs
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from configurator import UserError, check_least, configure, run
+from data.tokenizer import gpt2_encoding
+
+VAL_SHARE, SEED = 0.0005, 2357  # nanoGPT's split
+MOST_SHUFFLED = 100_000_000  # whose order takes 0.8 GB of memory
+OPENWEBTEXT_DOCUMENTS, OPENWEBTEXT_BYTES = 8_013_769, 40e9
+BATCH = 64_000_000  # bytes of source files that a worker copies at a time
+PIECE = 1_000_000  # bytes; a longer document is tokenized in pieces, so that memory does not depend on it
+BINS_PER_TEXT = 0.5  # bytes: a token takes 2 and stands for 4 to 5 of English
+CACHE_PER_TEXT = 1.6  # bytes: the download and the Arrow files that datasets makes of it
+EXPANSION = 4  # of compressed files and Parquet, about
+LEAST_PARTS = 100  # of a small corpus, so that the workers end together
+KINDS = {'.txt': 'text', '.jsonl': 'lines', '.json': 'lines', '.ndjson': 'lines', '.parquet': 'parquet'}
+END_OF_TEXT = np.array([50256], dtype='<u2').tobytes()
+
+
+@dataclass
+class PrepareConfig:
+    dataset: str = 'openwebtext'  # name on the Hugging Face Hub, for instance HuggingFaceFW/fineweb-edu
+    subset: str = ''  # configuration of the dataset, for instance sample-10BT
+    split: str = 'train'  # split of the dataset, which is divided into train.bin and val.bin
+    source: str = ''  # instead of a dataset a glob of local .txt (each a document), .jsonl, .json (a line each), .parquet
+    text_key: str = 'text'  # key or column that holds the text
+    out_dir: str = ''  # folder for train.bin and val.bin
+    workers: int = 0  # processes, 0 = one for each core; the bins do not depend on it
+    part_documents: int = 10_000  # documents of a part at most, which an interrupted worker has to do again
+
+    def __post_init__(self):
+        check_least(self, workers=0, part_documents=1)
+        if self.source and (self.subset or self.dataset != 'openwebtext'):
+            raise ValueError(f'source={self.source} and dataset={self.dataset} exclude each other: give one of them')
+
+
+def main():
+    config, _ = configure(sys.argv[1:], PrepareConfig, out_dir=str(HERE))
+    try:
+        prepare(config)
+    except BrokenProcessPool:
+        raise UserError('a worker was ended from outside, perhaps for want of memory: start again, perhaps with fewer '
+                        '--workers, which goes on from here') from None
+    except OSError as e:
+        raise UserError(f'out_dir={config.out_dir} cannot be written ({e.strerror or e}): mend that and start again, which '
+                        'goes on from here') from None
+
+
+def prepare(config):
+    """Write train.bin and val.bin into config.out_dir. Raises UserError, or OSError where that cannot be written."""
+    out_dir, work = Path(config.out_dir), Path(config.out_dir) / 'parts'
+    workers = config.workers or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if config.source:
+        identity = files = find_files(config.source)
+        text_bytes = sum(n_bytes * (EXPANSION if path.endswith(('.gz', '.parquet')) else 1) for path, n_bytes, _ in files)
+        check_space(out_dir, text_bytes * (1 + 2 * BINS_PER_TEXT))
+    else:
+        dataset = load_from_hub(config, workers)
+        identity = [config.dataset, dataset._fingerprint]
+        check_space(out_dir, dataset.data.nbytes * 2 * BINS_PER_TEXT)
+    if not open_work(work, [config.text_key, config.part_documents, *identity]):
+        # not by fork, in which a child can wait for ever for a thread of Arrow's that it has not
+        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), follow_parent) as pool:
+            documents = copy_texts(pool, files, work, config.text_key) if config.source else Rows(dataset, config.text_key)
+            parts = tokenize(pool, documents, work, config.part_documents)
+        for split in parts:
+            with open(out_dir / f'{split}.bin.partial', 'wb') as out:
+                for path in tqdm(parts[split], desc=f'{split}.bin', leave=False, disable=not sys.stderr.isatty()):
+                    with open(path, 'rb') as part:
+                        shutil.copyfileobj(part, out, 1 << 20)
+        for split in parts:
+            os.replace(out_dir / f'{split}.bin.partial', out_dir / f'{split}.bin')
+    close_work(work)
+    train, val = ((out_dir / f'{split}.bin').stat().st_size // 2 for split in ('train', 'val'))
+    print(f'tokens     {train:,} in train.bin, {val:,} in val.bin')
+
+
+def find_files(pattern):
+    """[(path, bytes, time of change in ns)] of the files that match the glob, sorted by path. Takes some 0.3 KB each."""
+    paths = sorted(os.path.abspath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not paths:
+        raise UserError(f"source={pattern} matches no file: give a path or a pattern, for instance --source='corpus/*.jsonl'")
+    for path in paths:
+        file_kind(path)
+    return [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in paths]
+
+
+def file_kind(path):
+    ending = Path(path.removesuffix('.gz')).suffix
+    if ending not in KINDS:
+        raise UserError(f'{path} ends in none of {", ".join(KINDS)}, with or without .gz: narrow --source to such files')
+    return KINDS[ending]
+
+
+def read_documents(path, key):
+    """Yield (bytes of UTF-8, whether a document ends with them) of a file. Raises UserError for what is none."""
+    kind, number = file_kind(path), 0
+    try:
+        if kind == 'parquet':
+            import pyarrow.parquet
+            # with a buffer it does not read a whole row group at a time, which may be all of the file
+            table = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+            if key not in table.schema_arrow.names:
+                raise UserError(f'{path} has no column {key!r} but {", ".join(table.schema_arrow.names)}: set --text_key')
+            for batch in table.iter_batches(256, columns=[key], use_threads=False):
+                for number, text in enumerate(batch.column(0).to_pylist(), number + 1):
+                    yield to_utf8(text, f'{path}: row {number}', key), True
+            return
+        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
+            if kind == 'text':
+                check = codecs.getincrementaldecoder('utf-8')().decode
+                while chunk := f.read(PIECE):
+                    check(chunk)
+                    yield chunk, False
+                yield check(b'', final=True).encode(), True
+                return
+            for number, line in enumerate(f, 1):
+                line = line.decode().removeprefix('\ufeff')  # which some editors put before the first line
+                if line.strip():
+                    document = json.loads(line)
+                    text = document.get(key) if isinstance(document, dict) else None
+                    yield to_utf8(text, f'{path}: line {number}', key), True
+    except UnicodeDecodeError as e:
+        where = f' in line {number}' if kind == 'lines' else ''
+        raise UserError(f'{path} is not UTF-8{where} ({e.reason}): convert it or leave it out') from None
+    except json.JSONDecodeError as e:
+        raise UserError(f'{path}: line {number} is not JSON ({e.msg}): each line must be a document') from None
+    except (OSError, EOFError, ValueError, zlib.error) as e:  # Arrow's errors are ValueErrors
+        raise UserError(f'{path} cannot be read ({type(e).__name__}: {e}): mend it or leave it out') from None
+
+
+def to_utf8(text, where, key):
+    if not isinstance(text, str):
+        raise UserError(f'{where} has no text under {key!r}: set --text_key to the name that the text has, or leave it out')
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can express: replaced, as tiktoken does
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode()
+
+
+def load_from_hub(config, workers):
+    """The column of texts as a datasets.Dataset, whose files are memory-mapped."""
+    import datasets
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # not each of its retries: one line says so if none helps
+    name, subset = config.dataset, config.subset or None
+    try:
+        for revision in (None, 'refs/convert/parquet'):
+            try:
+                builder = datasets.load_dataset_builder(name, subset, revision=revision)
+                text_bytes = builder.info.dataset_size or (OPENWEBTEXT_BYTES if name == 'openwebtext' else 0)
+                # once it is begun, what datasets still lacks is unknown; of a cache on another disk it takes care itself
+                begun, cache = glob.glob(f'{builder.cache_dir}*'), Path(datasets.config.HF_DATASETS_CACHE)
+                is_here = cache.exists() and cache.stat().st_dev == os.stat(config.out_dir).st_dev
+                check_space(Path(config.out_dir),
+                            text_bytes * (2 * BINS_PER_TEXT + (CACHE_PER_TEXT if is_here and not begun else 0)))
+                dataset = datasets.load_dataset(name, subset, split=config.split, revision=revision, num_proc=workers)
+                break
+            except RuntimeError as e:  # OpenWebText is a script, which datasets no longer runs; the Hub has it converted
+                if revision or 'script' not in str(e):
+                    raise
+    except UserError:
+        raise
+    except Exception as e:  # datasets and what it downloads with raise dozens of kinds
+        raise UserError(f'dataset={name} cannot be had from the Hugging Face Hub ({type(e).__name__}: {str(e)[:300]}): check '
+                        'the name, --subset, --split, the network and the room in its cache, or give --source') from None
+    if config.text_key not in dataset.column_names:
+        raise UserError(f'dataset={name} has no column {config.text_key!r} but {", ".join(dataset.column_names)}: '
+                        'set --text_key')
+    if name == 'openwebtext' and len(dataset) != OPENWEBTEXT_DOCUMENTS:
+        print(f'note: this OpenWebText has {len(dataset):,} documents and not {OPENWEBTEXT_DOCUMENTS:,}, as nanoGPT had')
+    return dataset.select_columns([config.text_key])
+
+
+def open_work(work, identity):
+    """Make the folder work, or empty it if it is of another identity. Returns whether the bins are complete already."""
+    digest = hashlib.sha256()
+    for item in identity:
+        digest.update(repr(item).encode())
+    state = work / 'state'
+    found = state.read_text().split() if state.exists() else []
+    if found[:1] == [digest.hexdigest()]:
+        return found[1:] == ['done']
+    if found:
+        print('note: the source or the settings are not those of the interrupted run: starting over')
+        remove_work(work)
+    elif work.exists() and set(os.listdir(work)) - {'state.partial'}:
+        raise UserError(f'{work} holds files that are not of this program: move it away, or choose another --out_dir')
+    work.mkdir(exist_ok=True)
+    with whole_file(state) as f:
+        f.write(digest.hexdigest().encode())
+
+
+def close_work(work):
+    """Remove the folder, after a note that the bins are complete, for a run that is ended meanwhile."""
+    digest = (work / 'state').read_text().split()[0]
+    with whole_file(work / 'state') as f:
+        f.write(f'{digest} done'.encode())
+    remove_work(work)
+
+
+def remove_work(work):
+    for name in set(os.listdir(work)) - {'state'}:
+        (work / name).unlink()
+    shutil.rmtree(work)  # with the state, which tells whose the others were, last
+
+
+@contextmanager
+def whole_file(path):
+    """A file to write that has its name only once it is complete."""
+    with open(f'{path}.partial', 'wb') as f:
+        yield f
+    os.replace(f'{path}.partial', path)
+
+
+def check_space(out_dir, needed):
+    """Raise UserError if out_dir lacks room for needed bytes, of which an unfinished run has written some."""
+    needed -= sum(path.stat().st_size for path in (out_dir / 'parts').glob('*'))
+    free = shutil.disk_usage(out_dir).free
+    if free < needed:
+        raise UserError(f'out_dir={out_dir} has {free / 1e9:,.3g} GB free, and about {needed / 1e9:,.3g} GB more are needed: '
+                        'make room, or choose another --out_dir')
+
+
+def follow_parent():
+    """Let this worker end when its parent ends in whatever way, and at Ctrl-C without a traceback."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def in_workers(pool, function, tasks, **bar):
+    """Call function(*arguments) in the pool for each (arguments, amount of work) of tasks, in no particular order."""
+    futures = {pool.submit(function, *arguments): amount for arguments, amount in tasks}
+    with tqdm(total=sum(futures.values()), unit_scale=True, leave=False, disable=not sys.stderr.isatty(), **bar) as progress:
+        try:
+            for future in as_completed(futures):
+                future.result()
+                progress.update(futures[future])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def copy_texts(pool, files, work, key):
+    """Copy the documents of local files to work as plain text, in batches of files. Returns Texts."""
+    batches, size = [], BATCH
+    for path, n_bytes, _ in files:
+        if size >= BATCH:
+            batches.append([])
+            size = 0
+        batches[-1].append(path)
+        size += n_bytes
+    targets = [work / f'text.{number:06d}' for number in range(len(batches))]
+    in_workers(pool, copy_batch, [((batch, target, key), len(batch)) for batch, target in zip(batches, targets)
+                                  if not target.exists()], desc='reading', unit=' files')
+    counts = [(work / f'{target.name}.ends').stat().st_size // 8 - 1 for target in targets]
+    return Texts(targets, np.cumsum([0] + counts))
+
+
+def copy_batch(paths, target, key):
+    """Write the documents of the files end to end to target, and 0 and where each ends as uint64 to target.ends."""
+    with whole_file(target) as text, whole_file(f'{target}.ends') as ends:  # the text gets its name last
+        end = 0
+        ends.write(end.to_bytes(8, 'little'))
+        for path in paths:
+            for chunk, is_last in read_documents(path, key):
+                end += text.write(chunk)
+                if is_last:
+                    ends.write(end.to_bytes(8, 'little'))
+
+
+@dataclass
+class Texts:
+    targets: list  # files that copy_batch wrote
+    firsts: np.ndarray  # the number of each one's first document, and behind them the number of documents
+
+    def __len__(self):
+        return int(self.firsts[-1])
+
+    def read(self, numbers):
+        """Yield each document as an iterable of strings."""
+        for number in numbers:
+            batch = np.searchsorted(self.firsts, number, side='right') - 1
+            ends = reader(f'{self.targets[batch]}.ends')
+            ends.seek(8 * int(number - self.firsts[batch]))
+            start, end = np.frombuffer(ends.read(16), dtype='<u8').tolist()
+            text = reader(self.targets[batch])
+            text.seek(start)
+            yield read_pieces(text, end - start)
+
+
+@lru_cache(maxsize=200)  # open files, fewer than systems allow
+def reader(path):
+    return open(path, 'rb')  # not memory-mapped, where what was read would count as memory of the process
+
+
+def read_pieces(f, n_bytes):
+    """Yield the next n_bytes of f as strings of some PIECE bytes. They are cut before a space or a line end that follows
+    something else, where GPT-2's tokens end in any case."""
+    decode, text = codecs.getincrementaldecoder('utf-8')().decode, ''
+    while n_bytes > PIECE:
+        text += decode(f.read(PIECE))
+        n_bytes -= PIECE
+        if match := re.match(r'(?s).*\S(?=[ \n])', text):
+            yield match[0]
+            text = text[match.end():]
+    yield text + decode(f.read(n_bytes))
+
+
+@dataclass
+class Rows:
+    dataset: object  # a datasets.Dataset; each part's worker opens it anew, so that the pages it maps do not add up
+    key: str
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def read(self, numbers):
+        """Yield each document as an iterable of strings."""
+        for i in range(0, len(numbers), 100):
+            for text in self.dataset[numbers[i:i + 100].tolist()][self.key]:
+                yield [to_utf8(text, 'a row of the dataset', self.key).decode()]
+
+
+def tokenize(pool, documents, work, part_documents):
+    """Tokenize all the documents. Returns for each split the files that hold its tokens, in order.
+
+    The order is that of train_test_split of Hugging Face datasets. Of more than MOST_SHUFFLED documents, runs of
+    consecutive ones are shuffled in place of single ones, so that the order fits in memory.
+    """
+    if len(documents) < 2:
+        raise UserError(f'{len(documents)} documents are too few, since train.bin and val.bin need one each: give more (a .txt '
+                        'is one, and so is each line of .jsonl)')
+    print(f'documents  {len(documents):,}')
+    length = math.ceil(len(documents) / MOST_SHUFFLED)
+    n_runs = math.ceil(len(documents) / length)
+    with whole_file(work / 'order') as f:
+        np.random.default_rng(SEED).permutation(n_runs).tofile(f)
+    n_val, step = math.ceil(VAL_SHARE * n_runs), max(1, min(part_documents // length, math.ceil(n_runs / LEAST_PARTS)))
+    parts, tasks = {}, []
+    for split, first, end in (('train', n_val, n_runs), ('val', 0, n_val)):
+        parts[split] = [work / f'{split}.{number:06d}.part' for number in range(math.ceil((end - first) / step))]
+        for target, i in zip(parts[split], range(first, end, step)):
+            n = min(step, end - i)
+            if not target.exists():
+                tasks.append(((documents, work / 'order', i, n, length, target), n * length))
+    n_parts = sum(map(len, parts.values()))
+    if len(tasks) < n_parts:
+        print(f'goes on    {n_parts - len(tasks):,} of {n_parts:,} parts are there')
+    in_workers(pool, tokenize_part, tasks, desc='tokenizing', unit=' documents')
+    return parts
+
+
+def tokenize_part(documents, order, first, n_runs, length, target):
+    """Write the tokens of the documents in n_runs runs of the order, from the run first on, to target."""
+    starts = np.fromfile(order, dtype=np.int64, count=n_runs, offset=8 * first)
+    numbers = (starts[:, None] * length + np.arange(length)).ravel()
+    encode = gpt2_encoding().encode_to_numpy  # quicker than encode_ordinary and, told to allow all, the same
+    with whole_file(target) as f:
+        for pieces in documents.read(numbers[numbers < len(documents)]):
+            for text in pieces:
+                f.write(encode(text, disallowed_special=()).astype('<u2').tobytes())
+            f.write(END_OF_TEXT)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,305 @@
+"""data/openwebtext/prepare.py: the bins against nanoGPT's procedure, interruptions, memory, mistakes. No network."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from configurator import UserError
+from data.openwebtext import prepare
+from data.tokenizer import gpt2_encoding
+
+PROGRAM = Path(prepare.__file__)
+SPLITS = ('train', 'val')
+
+
+def make_documents(n, seed=0):
+    rng = np.random.default_rng(seed)
+    words = ['the', 'Naïve', "don't", '你好', '🙂', '<|endoftext|>', '\n\n', '1,234', ' ', '\t', 'é', 'x\r\ny', '\u3000', 'Tok']
+    return [' '.join(rng.choice(words, rng.integers(60))) if i % 9 else '' for i in range(n)]
+
+
+def nanogpt_bins(documents):
+    """What nanoGPT's prepare.py makes of the documents, by its own means: the bytes of train.bin and val.bin."""
+    encode = gpt2_encoding().encode_ordinary
+    split = datasets.Dataset.from_list([{'text': d} for d in documents]).train_test_split(
+        test_size=0.0005, seed=2357, shuffle=True)
+    tokenized = split.map(lambda row: {'ids': encode(row['text']) + [50256]}, remove_columns=['text'])
+    return [np.concatenate(tokenized[name].with_format('numpy')['ids'][:]).astype(np.uint16).tobytes()
+            for name in ('train', 'test')]
+
+
+@pytest.fixture(scope='module')
+def documents():
+    datasets.disable_progress_bars()
+    return make_documents(2100)  # of which 2 go to val
+
+
+@pytest.fixture(scope='module')
+def expected(documents):
+    return nanogpt_bins(documents)
+
+
+def write_source(folder, kind, documents, key='text'):
+    """The documents as files of a kind in folder. Returns the glob."""
+    folder.mkdir()
+    half = len(documents) // 2
+    for name, group in (('a', documents[:half]), ('b', documents[half:])):
+        lines = ''.join(json.dumps({'id': 1, key: d}, ensure_ascii=name == 'a') + '\n' for d in group).encode()
+        if kind == 'txt':
+            for i, document in enumerate(group):
+                (folder / f'{name}{i:05d}.txt').write_bytes(document.encode())
+        elif kind == 'jsonl':
+            (folder / f'{name}.jsonl').write_bytes(b'\n' + lines)
+        elif kind == 'json.gz':
+            (folder / f'{name}.json.gz').write_bytes(gzip.compress(lines))
+        else:
+            pyarrow.parquet.write_table(pyarrow.table({'id': list(range(len(group))), key: group}), folder / f'{name}.parquet',
+                                        row_group_size=400)
+    return f'{folder}/*.{kind}'
+
+
+def bins(folder):
+    return [(folder / f'{split}.bin').read_bytes() for split in SPLITS]
+
+
+@pytest.mark.parametrize('kind, workers', [('txt', 3), ('jsonl', 1), ('json.gz', 2), ('parquet', 2)])
+def test_bins_are_those_of_nanogpt(kind, workers, documents, expected, tmp_path, program):
+    key = 'text' if kind == 'txt' else 'body'
+    source = write_source(tmp_path / 'source', kind, documents, key)
+    code, out, err = program(prepare.main, f'--source={source}', f'--out_dir={tmp_path / "out"}', f'--workers={workers}',
+                             f'--text_key={key}')
+    assert (code, err) == (0, '') and 'documents  2,100' in out
+    assert f'{len(expected[0]) // 2:,} in train.bin, {len(expected[1]) // 2:,} in val.bin' in out
+    assert bins(tmp_path / 'out') == expected
+    assert sorted(os.listdir(tmp_path / 'out')) == ['train.bin', 'val.bin']
+
+
+def test_dataset_of_the_hub(documents, expected, tmp_path, program, monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        if kwargs['revision'] is None:
+            raise RuntimeError('Dataset scripts are no longer supported, but found openwebtext.py')
+        return datasets.Dataset.from_list([{'body': d, 'url': ''} for d in documents])
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    builder = SimpleNamespace(info=SimpleNamespace(dataset_size=None), cache_dir=tmp_path / 'cache')
+    monkeypatch.setattr(datasets, 'load_dataset_builder', lambda *args, **kwargs: builder)
+    args = ['--dataset=some/web', '--subset=sample', '--split=all', '--workers=2', f'--out_dir={tmp_path}']
+    code, out, err = program(prepare.main, *args, '--text_key=body')
+    assert (code, err) == (0, '') and bins(tmp_path) == expected
+    assert calls[-1] == (('some/web', 'sample'), dict(split='all', revision='refs/convert/parquet', num_proc=2))
+    code, _, err = program(prepare.main, *args)
+    assert code == 2 and "no column 'text' but body, url" in err and err.count('\n') == 1
+    calls.clear()
+    builder.info.dataset_size = 50e9
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path)
+    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: SimpleNamespace(free=100e9))
+    code, _, err = program(prepare.main, *args)
+    assert code == 2 and 'has 100 GB free, and about 130 GB more are needed' in err and err.count('\n') == 1 and not calls
+
+
+@pytest.mark.parametrize('fault', [ConnectionError('no route\nto host'), ValueError("BuilderConfig 'x' not found")])
+def test_a_download_that_fails_is_one_line(fault, tmp_path, program, monkeypatch):
+    def load(*args, **kwargs):
+        raise fault
+    monkeypatch.setattr(datasets, 'load_dataset_builder', load)
+    code, _, err = program(prepare.main, f'--out_dir={tmp_path}')
+    assert code == 2 and 'dataset=openwebtext cannot be had' in err and err.count('\n') == 1
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, program, monkeypatch):
+    documents = [d * 15 for d in make_documents(600, seed=1)]
+    source, out_dir = write_source(tmp_path / 'source', 'jsonl', documents), tmp_path / 'out'
+    args = [f'--source={source}', f'--out_dir={out_dir}', '--part_documents=1', '--workers=2']
+    process = subprocess.Popen([sys.executable, PROGRAM, *args], stdout=subprocess.DEVNULL)
+    while len(list(out_dir.glob('parts/*.part'))) < 20:
+        assert process.poll() is None
+        time.sleep(0.005)
+    workers = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, 'a worker outlives its parent'
+        time.sleep(0.01)
+    assert len(workers) >= 2 and not (out_dir / 'train.bin').exists()
+    (out_dir / 'parts' / 'train.000100.part.partial').write_bytes(b'half')
+
+    def stamps():
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+                for path in out_dir.glob('parts/*') if path.suffix == '.part' or path.name.startswith('text.')}
+    before, after = stamps(), {}
+    monkeypatch.setattr(prepare, 'close_work', lambda work, close=prepare.close_work: (after.update(stamps()), close(work)))
+    code, out, _ = program(prepare.main, *args)
+    n_parts = sum(name.endswith('.part') for name in before)
+    assert code == 0 and f'goes on    {n_parts:,} of 600 parts are there' in out and 20 <= n_parts < 600
+    assert after.items() > before.items()  # none was written again
+    assert bins(out_dir) == nanogpt_bins(documents)
+
+
+def is_running(pid):
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+    except OSError:
+        return False
+
+
+def test_a_changed_source_starts_over_and_an_end_while_tidying_up_does_not(tmp_path, program, monkeypatch):
+    in_this_process(monkeypatch)
+    documents = make_documents(30, seed=2)
+    args = [f'--source={write_source(tmp_path / "source", "jsonl", documents)}', f'--out_dir={tmp_path}', '--workers=1']
+
+    def stop(*args):
+        raise UserError('stop')
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, 'close_work', stop)
+        assert program(prepare.main, *args)[0] == 2
+    (tmp_path / 'source' / 'a.jsonl').write_text(json.dumps({'text': 'new'}))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, 'rmtree', lambda path, rmtree=shutil.rmtree:
+                      stop() if (path / 'state').read_text().endswith('done') else rmtree(path))
+        code, out, _ = program(prepare.main, *args)
+    assert code == 2 and 'starting over' in out
+    assert bins(tmp_path) == nanogpt_bins(['new'] + documents[15:])
+    assert os.listdir(tmp_path / 'parts') == ['state']
+    code, out, _ = program(prepare.main, *args)
+    assert code == 0 and 'documents' not in out and 'tokens' in out and not (tmp_path / 'parts').exists()
+
+
+@pytest.mark.parametrize('files, args, message', [
+    ({}, ['--source={}/*.txt'], 'matches no file'),
+    ({'a.csv': b''}, ['--source={}/a.*'], 'a.csv ends in none of .txt, .jsonl'),
+    ({'a.txt': b'one'}, ['--source={}/*.txt'], '1 documents are too few'),
+    ({'a.jsonl': b''}, ['--source={}/*.jsonl'], '0 documents are too few'),
+    ({'a.txt': b'good', 'b.txt': b'bad \xff'}, ['--source={}/*.txt'], 'b.txt is not UTF-8'),
+    ({'a.txt': b'good', 'b.txt': 'é'.encode()[:1]}, ['--source={}/*.txt'], 'b.txt is not UTF-8'),
+    ({'a.jsonl': b'{"text": "a"}\n{"text": "\xff"}\n'}, ['--source={}/*.jsonl'], 'a.jsonl is not UTF-8 in line 2'),
+    ({'a.jsonl': b'{"text": "a"}\n{"body": "b"}\n'}, ['--source={}/*.jsonl'], "a.jsonl: line 2 has no text under 'text'"),
+    ({'a.jsonl': b'[1]'}, ['--source={}/*.jsonl'], "a.jsonl: line 1 has no text under 'text'"),
+    ({'a.json': b'{\n"text": "a"}'}, ['--source={}/*.json'], 'a.json: line 1 is not JSON'),
+    ({'a.json.gz': b'no gzip'}, ['--source={}/*.gz'], 'a.json.gz cannot be read'),
+    ({'a.parquet': b'no parquet'}, ['--source={}/*.parquet'], 'a.parquet cannot be read'),
+    ({'a.txt': b'', 'parts/mine': b''}, ['--source={}/*.txt'], 'parts holds files that are not of this program'),
+    ({'a.txt': b''}, ['--source={}/*.txt', '--out_dir={}/a.txt/x'], 'a.txt/x cannot be written'),
+    ({'a.txt': b''}, ['--source={}/*.txt', '--dataset=other'], 'exclude each other'),
+    ({}, ['--workers=-1'], 'workers=-1 must be at least 0'),
+])
+def test_mistakes_are_one_line(files, args, message, tmp_path, program, monkeypatch):
+    in_this_process(monkeypatch)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    code, _, err = program(prepare.main, f'--out_dir={tmp_path}', '--workers=1', *[arg.format(tmp_path) for arg in args])
+    assert code == 2 and message in err and err.count('\n') == 1, err
+    assert not list(tmp_path.glob('*.bin'))
+
+
+def in_this_process(monkeypatch):
+    """Threads in place of worker processes, which take a second to start."""
+    from concurrent.futures import ThreadPoolExecutor
+    monkeypatch.setattr(prepare, 'ProcessPoolExecutor', lambda workers, *args: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(prepare, 'reader', lambda path: open(path, 'rb'))  # none kept open from one run to the next
+
+
+def test_missing_column_and_null(tmp_path, program, monkeypatch):
+    in_this_process(monkeypatch)
+    pyarrow.parquet.write_table(pyarrow.table({'body': ['a', None]}), tmp_path / 'a.parquet')
+    args = [f'--source={tmp_path}/*.parquet', f'--out_dir={tmp_path}', '--workers=1']
+    code, _, err = program(prepare.main, *args)
+    assert code == 2 and "a.parquet has no column 'text' but body: set --text_key" in err and err.count('\n') == 1
+    code, _, err = program(prepare.main, *args, '--text_key=body')
+    assert code == 2 and "a.parquet: row 2 has no text under 'body'" in err and err.count('\n') == 1
+
+
+def test_a_real_worker_hands_its_mistake_on(tmp_path, program):
+    (tmp_path / 'a.txt').write_bytes(b'\xff')
+    code, _, err = program(prepare.main, f'--source={tmp_path}/a.txt', f'--out_dir={tmp_path}', '--workers=1')
+    assert code == 2 and 'a.txt is not UTF-8' in err and err.count('\n') == 1
+
+
+def test_disk_space_is_checked_first(tmp_path, program, monkeypatch):
+    (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n' * 1000)
+    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: SimpleNamespace(free=20_000))
+    code, _, err = program(prepare.main, f'--source={tmp_path}/a.jsonl', f'--out_dir={tmp_path}')
+    assert code == 2 and 'has 2e-05 GB free, and about 2.8e-05 GB more are needed' in err and err.count('\n') == 1
+    assert os.listdir(tmp_path) == ['a.jsonl']
+    (tmp_path / 'parts').mkdir()
+    (tmp_path / 'parts' / 'x').write_bytes(b'1' * 9000)  # what an unfinished run has written counts
+    prepare.check_space(tmp_path, 28_000)
+
+
+def test_memory_does_not_hold_the_corpus(tmp_path):
+    text = ' '.join(make_documents(200, seed=3)).encode()
+    (tmp_path / 'a.txt').write_bytes(text * (20_000_000 // len(text)))  # a document of 20 MB
+    with open(tmp_path / 'b.jsonl', 'w') as f:
+        for _ in range(200):
+            f.write(json.dumps({'text': 'word ' * 20_000}) + '\n')  # and 20 MB of others
+    args = [f'--source={tmp_path}/*.*', f'--out_dir={tmp_path}/out', '--workers=2']
+    process = subprocess.Popen([sys.executable, PROGRAM, *args], stdout=subprocess.DEVNULL)
+    peaks = {}
+    while process.poll() is None:
+        for pid in [str(process.pid), *children(process.pid)]:
+            peaks[pid] = max(peaks.get(pid, 0), peak_megabytes(pid))
+        time.sleep(0.01)
+    assert process.returncode == 0 and len(peaks) >= 3
+    assert max(peaks.values()) < 105, peaks  # of which Python with tiktoken takes 70
+
+
+def children(pid):
+    try:
+        return Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+    except OSError:
+        return []
+
+
+def peak_megabytes(pid):
+    try:
+        return int(Path(f'/proc/{pid}/status').read_text().split('VmHWM:')[1].split()[0]) / 1000
+    except (OSError, IndexError):
+        return 0
+
+
+def test_long_documents_are_cut_where_tokens_end(monkeypatch):
+    encode = gpt2_encoding().encode_ordinary
+    text = ''.join(make_documents(300, seed=4)) + '  \n\n a\u3000 b \x1c c' + 'x' * 500 + '   ' * 100
+    for size in (16, 50, 333):
+        monkeypatch.setattr(prepare, 'PIECE', size)
+        pieces = list(prepare.read_pieces(io.BytesIO(text.encode()), len(text.encode())))
+        assert len(pieces) > 10 and ''.join(pieces) == text
+        assert [i for piece in pieces for i in encode(piece)] == encode(text)
+
+
+def test_half_a_surrogate_pair_is_replaced_as_tiktoken_does(tmp_path):
+    path = tmp_path / 'a.jsonl'
+    path.write_text('\ufeff{"text": "a \\ud83d b \\ud83d\\ude42"}\n\n', encoding='utf-8')
+    (content, is_last), = prepare.read_documents(str(path), 'text')
+    encode = gpt2_encoding().encode_ordinary
+    assert is_last and encode(content.decode()) == encode('a \ud83d b 🙂') and '🙂' in content.decode()
+
+
+def test_beyond_what_can_be_shuffled_runs_of_documents_are(tmp_path, program, monkeypatch):
+    in_this_process(monkeypatch)
+    monkeypatch.setattr(prepare, 'MOST_SHUFFLED', 40)
+    documents = make_documents(110, seed=5)
+    source = write_source(tmp_path / 'source', 'jsonl', documents)
+    assert program(prepare.main, f'--source={source}', f'--out_dir={tmp_path}', '--workers=1')[0] == 0
+    runs = [documents[i:i + 3] for i in range(0, 110, 3)]
+    order = [runs[i] for i in np.random.default_rng(2357).permutation(37)]
+    encode = gpt2_encoding().encode_ordinary
+    ids = [[i for run in part for d in run for i in encode(d) + [50256]] for part in (order[1:], order[:1])]
+    assert bins(tmp_path) == [np.array(i, dtype=np.uint16).tobytes() for i in ids]
