@@ -128,6 +128,9 @@ def main():
         print(f'\n{name.upper()}')
         args = {k: v for k, v in model_args.items() if k != 'n_latent' or name == 'mla'}
         result = train(model_class, replace(config, out_dir=str(out_dir / name)), args)
+        if result.stopped:
+            print('the comparison is not finished and starts anew next time')
+            return
         histories[name], results[name] = result.history, measure(result, data, config)
     for name, model_class in MODELS.items():
         checkpoint = checkpoint_path(out_dir / name, model_class.model_type)

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import test_shakespeare_quick as quick
 import torch
 from conftest import tiny_model
 
+import train as trainer
 from checkpoint import load_model
 from dataset import open_data
 from model import GPT
@@ -19,6 +22,18 @@ def trained(data_dir, tmp_path, program):
     code, out, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={tmp_path / "quick"}', *SIZE)
     assert code == 0, err
     return tmp_path / 'quick', out
+
+
+def test_a_signal_stops_the_whole_comparison(data_dir, tmp_path, program, monkeypatch):
+    draw, signals = trainer.draw_batch, [signal.SIGTERM]
+
+    def interrupted(*args):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return draw(*args)
+    monkeypatch.setattr(trainer, 'draw_batch', interrupted)
+    code, out, _ = program(quick.main, f'--dataset={data_dir}', f'--out_dir={tmp_path / "quick"}', *SIZE)
+    assert code == 0 and 'starts anew' in out and 'MLA' not in out and not (tmp_path / 'quick' / 'results.json').exists()
 
 
 def test_what_it_leaves_behind(trained, data_dir):
