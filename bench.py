@@ -16,6 +16,7 @@ import importlib.util
 import json
 import multiprocessing
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -229,7 +230,10 @@ def peak_bytes(device_type):
     """The most memory that this process has had: of the GPU, or of the machine."""
     if device_type == 'cuda':
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    try:  # since the program began; getrusage would count what its parent had, if that was more
+        return int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def measure_steps(model_class, model_config, config):
