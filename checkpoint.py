@@ -97,8 +97,9 @@ def run_checkpoints(out_dir, model_type):
     if not os.path.isdir(out_dir):
         return []
     path = checkpoint_path(out_dir, model_type)
-    older = [p for p in path.parent.glob('*.pt.*') if re.fullmatch(r'\d+', p.suffix[1:]) and p.stem in (path.name, last_path(path).name)]
-    return [p for p in (path, last_path(path), *sorted(older)) if os.path.exists(p)]
+    kinds = (path, last_path(path))
+    older = [p for p in path.parent.glob('*.pt.*') if re.fullmatch(r'\d+', p.suffix[1:]) and p.stem in [k.name for k in kinds]]
+    return [p for p in (*kinds, *sorted(older)) if os.path.exists(p)]
 
 
 def read_newest(out_dir, model_type, device='cpu'):

@@ -123,7 +123,8 @@ def plot(results):
         maps = {label: getattr(result, kind) for label, result in results.items()}
         end = symmetric(maps)
         panels.append(Panel(f'{name}-composition', maps, 'score less chance', -end, end, 'RdBu_r', 'head that writes',
-                            'head that reads', numbers=False, names={label: (result.names,) * 2 for label, result in results.items()}))
+                            'head that reads', numbers=False,
+                            names={label: (result.names,) * 2 for label, result in results.items()}))
     return draw_panels('Which heads feed which (grey: not in a later layer)', panels)
 
 

@@ -133,7 +133,8 @@ def table(result):
              'more)']
     lines += [f'{layer:>5}{keys:>12.0%}{values:>14.0%}{both:>7.0%}' for layer, (keys, values, both) in
               enumerate(zip(result.keys_alone, result.values_alone, result.both))]
-    lines += ['', 'the strongest direction of each layer: part of the keys, tokens at both ends -> what the head that it moves most writes']
+    lines += ['', 'the strongest direction of each layer: part of the keys, tokens at both ends -> what the head that it moves '
+              'most writes']
     for layer, (d, *_) in enumerate(result.directions):
         head = int(np.argmax(d.head_strength))
         lines.append(f'{layer:>5}{d.key_share:>6.0%}   {" ".join(d.excite[:4])}  |  {" ".join(d.inhibit[:4])}  ->  {layer}.{head}  '

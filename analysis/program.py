@@ -72,8 +72,8 @@ class Subject:
 
     def windows(self, text, max_tokens, length):
         """The first windows of length + 1 tokens of a text, up to max_tokens together but at least one, in batches
-        (B, length + 1) of about BATCH_TOKENS. text is '' for the val split that the checkpoint names, FILE:path, or a dataset. Raises UserError
-        where there is none or it is too short."""
+        (B, length + 1) of about BATCH_TOKENS. text is '' for the val split that the checkpoint names, FILE:path, or a dataset.
+        Raises UserError where there is none or it is too short."""
         ids = text_tokens(self, text)
         span = length + 1
         if len(ids) < span:

@@ -88,7 +88,8 @@ def section(name, module, results, left_out, out_dir):
     if results:
         picture = base64.b64encode((out_dir / f'{name}.png').read_bytes()).decode()
         parts.append(f'<img alt="{name}" src="data:image/png;base64,{picture}">')
-        tables = (f'<pre><b>{html.escape(label)}</b>\n\n{html.escape(module.table(result))}</pre>' for label, result in results.items())
+        tables = (f'<pre><b>{html.escape(label)}</b>\n\n{html.escape(module.table(result))}</pre>'
+                  for label, result in results.items())
         parts.append(f'<div class="tables">{"".join(tables)}</div>')
     return '\n'.join(parts)
 
@@ -125,7 +126,8 @@ def main():
         module, results, left_out = run_part(name, subjects, config)
         if results:
             sources = {label: subject.source for label, subject in subjects.items()}
-            save(name, {'models': sources, **as_json(results)}, {name: module.plot(results)}, settings(module, config, config.model), out_dir)
+            save(name, {'models': sources, **as_json(results)}, {name: module.plot(results)},
+                 settings(module, config, config.model), out_dir)
         for line in left_out:
             print(f'{name}: left out for {line}')
         body.append(section(name, module, results, left_out, out_dir))

@@ -82,8 +82,10 @@ def analyse(subject, config):
     same_layer = layer[:, None] == layer
     latents = [joint_reading_space(heads, number) for number in range(n_layer)]
     ranks = np.array([latent.size(1) for latent in latents])
-    result = Subspaces(heads.names, {}, {}, {}, {}, {}, {}, {}, ranks.tolist(), np.zeros((n_layer, n_layer)),
-                       np.maximum.outer(ranks, ranks) / n_dimensions, float(np.mean(np.minimum(heads.W_K.size(-1), ranks) / ranks.clip(min=1))))
+    by_pair = {field: {} for field in ('overlap', 'chance', 'smallest_angle', 'within', 'across', 'angles_within', 'angles_across')}
+    chance_in_latent = np.mean(np.minimum(heads.W_K.size(-1), ranks) / ranks.clip(min=1))
+    result = Subspaces(heads.names, **by_pair, latent_rank=ranks.tolist(), latent_overlap=np.zeros((n_layer, n_layer)),
+                       latent_chance=np.maximum.outer(ranks, ranks) / n_dimensions, chance_in_latent=float(chance_in_latent))
     for first, second in progress(PAIRS, 'subspaces'):
         pair, (A, sizes), (B, other_sizes) = f'{first}-{second}', bases[first], bases[second]
         squares = torch.stack([squared_cosines(one, B) for one in A])  # (heads, heads, head_dim)
@@ -123,7 +125,8 @@ def plot(results):
     names = {name: (result.names,) * 2 for name, result in results.items()}
     chance = '; '.join(f'{name} {np.mean(list(result.chance.values())):.2f}, in a latent {result.chance_in_latent:.2f}'
                        for name, result in results.items())
-    high = max(values[np.isfinite(values)].max(initial=0) for first, second in PAIRS for values in maps(f'{first}-{second}').values())
+    shown = [values for first, second in PAIRS for values in maps(f'{first}-{second}').values()]
+    high = max(values[np.isfinite(values)].max(initial=0) for values in shown)
     sides = {'output': 'writes', 'key': 'reads keys', 'value': 'reads values'}
     panels = [Panel(f'{first} and {second} spaces', maps(f'{first}-{second}'), 'mean squared cosine', 0, high,
                     rows=f'head that {sides[first]}', columns=f'head that {sides[second]}', numbers=False, names=names)
