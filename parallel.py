@@ -38,15 +38,21 @@ class Team:
         """Whether flag is true in any process."""
         if self.size == 1:
             return flag
-        flag = torch.tensor(int(flag))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
-        return bool(flag)
+        return bool(self.highest(int(flag)))
 
     def largest(self, parameters):
         """The largest absolute value in parameters, nan if one of them is."""
         parts = [p.to_local() if hasattr(p, 'to_local') else p for p in parameters]
         largest = torch.stack([p.detach().abs().max() for p in parts if p.numel()]).max()  # which keeps a nan
         return math.nan if self.any(not math.isfinite(largest)) else largest.item()
+
+    def highest(self, number):
+        """The highest of a whole number that each process has."""
+        if self.size == 1:
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
+        return number.item()
 
     def place(self, model):
         """Put a model, or this process's part of it, on the device."""
@@ -74,10 +80,13 @@ class Team:
         return nullcontext() if now or self.size == 1 or self.sharded else net.no_sync()
 
     def whole(self, value):
-        """A state dictionary whose sharded tensors are put together, on the CPU; all processes have to ask for it."""
+        """A state dictionary whose sharded tensors are put together, on the CPU of the first process; all have to ask."""
         if isinstance(value, dict):
             return {key: self.whole(item) for key, item in value.items()}
-        return value.full_tensor().cpu() if hasattr(value, 'full_tensor') else value
+        if not hasattr(value, 'full_tensor'):
+            return value
+        value = value.full_tensor()
+        return value.cpu() if self.rank == 0 else None
 
     def load_optimizer(self, optimizer, state):
         """Give an optimizer the state that whole() put together, or that an optimizer of one process has."""

@@ -12,14 +12,16 @@ data and its dropout. So two processes see what one would, and a resumed run goe
 import json
 import math
 import os
+import secrets
 import signal
 import socket
 import statistics
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -78,6 +80,8 @@ class TrainConfig:
         check_least(self, eval_interval=1, log_interval=1, eval_iters=1, gradient_accumulation_steps=1, batch_size=1,
                     max_iters=0, learning_rate=0, min_lr=0, weight_decay=0, grad_clip=0, warmup_iters=0, lr_decay_iters=0,
                     seed=0, keep_checkpoints=1)
+        if self.keep_checkpoints > 1000:
+            raise ValueError(f'keep_checkpoints={self.keep_checkpoints} must be at most 1000')
         for key in ('out_dir', 'dataset'):
             if not getattr(self, key):
                 raise ValueError(f'{key} is empty: give a folder')
@@ -103,16 +107,18 @@ class Result:
 
 @contextmanager
 def caught_signals():
-    """A list that SIGINT and SIGTERM join, in place of ending the program; the second of a kind ends it at once. (torchrun
-    passes a Ctrl-C on as SIGTERM to processes that have had it already.)"""
+    """A list that SIGINT and SIGTERM join, in place of ending the program; the second of a kind ends it at once. Not so SIGTERM
+    under torchrun, which passes every signal on as one, to processes that may have had it already."""
     caught = []
 
     def catch(number, frame):
-        if number in caught:
+        if number in caught and not (number == signal.SIGTERM and 'RANK' in os.environ):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         caught.append(number)
-        if os.environ.get('RANK', '0') == '0':
+        with suppress(OSError):  # nobody may be there to read it
+            if os.environ.get('RANK', '0') != '0':
+                return
             os.write(2, f'\n{signal.Signals(number).name}: finishing the step, then saving; once more stops at once\n'.encode())
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -147,6 +153,13 @@ def locked(out_dir):
         f.write(f'process {os.getpid()} on {socket.gethostname()}')
         f.flush()
         yield
+
+
+def lock(out_dir, at_end):
+    try:
+        at_end.enter_context(locked(out_dir))
+    except OSError as e:
+        raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror}): give another') from None
 
 
 def make_model(model_class, config, model_args, data, device):
@@ -203,9 +216,6 @@ def train(model_class, config, model_args):
     """Train a model_class by a TrainConfig. model_args are the model settings that were asked for; the data and the
     class decide the others. Returns a Result. Raises UserError for what is wrong, before anything is written, and for a
     loss that is not finite."""
-    if config.init_from == 'auto':
-        found = run_checkpoints(config.out_dir, model_class.model_type)
-        config = replace(config, init_from='resume' if found else 'scratch')
     with team(config) as processes, caught_signals() as signals, ExitStack() as at_end:
         return training_loop(model_class, config, model_args, processes, signals, at_end)
 
@@ -217,6 +227,12 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     writes = master and not config.eval_only
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision('high')  # tf32
+    has_folder = os.path.isdir(config.out_dir)
+    if writes and has_folder:  # before anything is read there that another run may be writing
+        lock(config.out_dir, at_end)
+    processes.any(False)  # all wait for it
+    if config.init_from == 'auto':
+        config = replace(config, init_from='resume' if run_checkpoints(config.out_dir, model_class.model_type) else 'scratch')
     data = open_data(config.dataset)
     model, checkpoint = make_model(model_class, config, model_args, data, 'cpu' if processes.sharded else device)
     block_size = model.config.block_size
@@ -229,11 +245,14 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
                                            device_type)
-    iter_num, best_val_loss, notes, resumed_from = 0, math.inf, [], None
+    iter_num, best_val_loss, notes, resumed_from, damaged, run_id = 0, math.inf, [], None, [], secrets.token_hex(8)
     if checkpoint:
         iter_num, best_val_loss, notes = restore(checkpoint, optimizer, scaler, processes)
-        resumed_from = checkpoint['resumed_from']
+        resumed_from, damaged, run_id = checkpoint['resumed_from'], checkpoint['damaged'], checkpoint.get('run', run_id)
         checkpoint = None  # its memory is wanted for training
+    if processes.any(processes.highest(iter_num) != iter_num):
+        raise UserError(f'out_dir={config.out_dir} does not hold the same checkpoint for all processes: it must be a folder that '
+                        'all nodes see')
     compiled = device_type == 'cuda' if config.compile == 'auto' else config.compile
     net = torch.compile(model) if compiled else model
     net = processes.wrap(net)
@@ -241,11 +260,20 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     micro_steps = config.gradient_accumulation_steps // world_size  # of this process
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * block_size
     metrics = Path(config.out_dir) / 'metrics.jsonl'
-    history = open_metrics(metrics, iter_num, at_end) if writes else []
+    history = open_metrics(metrics, iter_num, None if has_folder else at_end) if writes else []
+    for path, _ in damaged if writes else []:
+        path.rename(f'{path}.damaged')  # which must not take the place of an older one that is whole
     wandb = start_wandb(config, model.config) if master and config.wandb_log else None
     progress = tqdm(initial=iter_num, total=config.max_iters, unit='iter', dynamic_ncols=True,
                     disable=not (master and sys.stderr.isatty() and not config.eval_only))
-    say = (lambda line: None) if not master else print if progress.disable else progress.write
+    write = partial(print, flush=True) if progress.disable else progress.write
+
+    def say(line):
+        if master:
+            try:
+                write(line)
+            except OSError:  # nobody reads any more, or the disk of the log is full: neither may cost the run
+                sys.stdout = open(os.devnull, 'w')
     say(f'{describe(model)}; {tokens_per_iter:,} tokens per iteration on {world_size} x {device_type}, '
         f'{str(dtype).removeprefix("torch.")}{", compiled" if compiled else ""}{", sharded" if processes.sharded else ""}')
     for note in notes:
@@ -315,18 +343,20 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
         nonlocal saved_iter, not_saved
         weights = processes.whole(model.state_dict()) if processes.sharded else None
         state = processes.whole(optimizer.state_dict()) if processes.sharded else optimizer.state_dict()
-        if not writes:
+        if writes:
+            if weights:
+                weights['transformer.wte.weight'] = weights['lm_head.weight']  # tied, and written once
+            not_saved = ''
+            try:
+                save_checkpoint(path, model, data.tokenizer, asdict(config), iter_num, weights, config.keep_checkpoints,
+                                best_val_loss=best_val_loss, optimizer=state, scaler=scaler.state_dict(), processes=world_size,
+                                run=run_id)
+            except OSError as e:
+                not_saved = str(e)
+                say(f'warning: {e}; training goes on')
+        if processes.any(bool(not_saved)):
             return ''
-        if weights:
-            weights['transformer.wte.weight'] = weights['lm_head.weight']  # tied, and written once
-        try:
-            save_checkpoint(path, model, data.tokenizer, asdict(config), iter_num, weights, config.keep_checkpoints,
-                            best_val_loss=best_val_loss, optimizer=state, scaler=scaler.state_dict(), processes=world_size)
-        except OSError as e:
-            not_saved = str(e)
-            say(f'warning: {e}; training goes on')
-            return ''
-        saved_iter, not_saved = iter_num, ''
+        saved_iter = iter_num
         return f' | saved {path}'
 
     def check_finite(what, *values):
@@ -360,13 +390,15 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
             losses = estimate_loss()
             check_finite('the loss in training and validation', losses['train_loss'], losses['val_loss'])
             record({'iter': iter_num, **losses, 'lr': lr})
-            best = losses['val_loss'] < best_val_loss
+            best, best_before = losses['val_loss'] < best_val_loss, best_val_loss
             best_val_loss = min(losses['val_loss'], best_val_loss)
             saved = ''
             if iter_num > (saved_iter if resumed_from == path else 0) and not config.eval_only:
                 if best or config.always_save_checkpoint:
                     saved = save(path)
-                    if saved:
+                    if not saved:
+                        best_val_loss = best_before  # the best that is on the disk
+                    elif writes:
                         last_path(path).unlink(missing_ok=True)  # older now
                 else:
                     saved = save(last_path(path))
@@ -420,12 +452,11 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     if stopped:
         check_finite('the largest weight', processes.largest(model.parameters()))
         said = save(last_path(path)) if iter_num > saved_iter and not config.eval_only else ''
-        say(f'stopped before iteration {iter_num}{said}; go on with --init_from=resume')
+        say(f'stopped before iteration {iter_num}{said}' + ('; go on with --init_from=resume' if said or resumed_from else ''))
     if wandb:
-        try:
-            wandb.finish()
-        except Exception as e:
-            say(f'warning: wandb was not finished ({type(e).__name__}: {e})')
+        finish = threading.Thread(target=lambda: finish_quietly(wandb), daemon=True)
+        finish.start()
+        finish.join(60)  # without a network it would wait for ever
     if not_saved:
         raise UserError(f'the run is at iteration {iter_num} and its newest checkpoint at {saved_iter}, since {not_saved}: make '
                         'room and resume')
@@ -437,7 +468,8 @@ def restore(checkpoint, optimizer, scaler, processes):
     """Optimizer and scaler as they were. Returns the iteration, the best val loss, and a line for each thing that the
     checkpoint lacks and that starts fresh."""
     iter_num, best_val_loss = checkpoint.get('iter_num', 0), checkpoint.get('best_val_loss', math.inf)
-    notes = [f'{line}; resuming from an older one, at iteration {iter_num}' for line in checkpoint['damaged']]
+    notes = [f'{line}; resuming from {checkpoint["resumed_from"].name}, at iteration {iter_num}'
+             for _, line in checkpoint['damaged']]
     before = checkpoint.get('processes', processes.size)
     if before != processes.size:
         notes.append(f'the checkpoint was written by {before} processes, here are {processes.size}: sums are taken in another '
@@ -472,7 +504,8 @@ def open_metrics(path, iter_num, at_end):
     a new run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        at_end.enter_context(locked(path.parent))
+        if at_end:
+            at_end.enter_context(locked(path.parent))
         path.touch()
         lines = path.read_bytes().splitlines() if iter_num else []
     except OSError as e:
@@ -511,6 +544,11 @@ def start_wandb(config, model_config):
         print(f'warning: training goes on without wandb ({type(e).__name__}: {e})', file=sys.stderr)
         return None
     return wandb
+
+
+def finish_quietly(wandb):
+    with suppress(Exception):  # what it could not send is its own loss
+        wandb.finish()
 
 
 def plot_losses(ax, history, label, color):

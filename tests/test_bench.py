@@ -6,6 +6,7 @@ from conftest import CHARS, tiny_model
 
 import bench
 from checkpoint import save_checkpoint
+from data.tokenizer import gpt2_encoding
 from model_k_ahead import GPT_KAhead
 
 TINY = ['decode', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--vocab_size=50', '--device=cpu', '--rounds=1',
@@ -60,6 +61,18 @@ def test_decode_prints_a_table(program):
     code, out, err = program(bench.main, *TINY, '--contexts=4', '--new_tokens=3', '--dtype=bfloat16')
     assert code == 0 and 'bfloat16' in out and out.count('MLA') == 2, err
     assert ' MHA ' in out and '1.00x' in out and '0.00 MB' in out
+
+
+def test_prepare_counts_tokens_and_names_what_is_missing(program, tmp_path):
+    source = tmp_path / 'corpus.jsonl'
+    source.write_text(''.join(json.dumps({'text': f'document {i} of a few'}) + '\n' for i in range(40)))
+    code, out, err = program(bench.main, 'prepare', f'--source={source}', '--rounds=1', '--workers=1')
+    assert code == 0, err
+    tokens = sum(len(gpt2_encoding().encode_ordinary(f'document {i} of a few')) + 1 for i in range(40))
+    assert f' {tokens} tokens' in out
+    for args in (['--source=none.jsonl'], ['--against=nowhere']):
+        code, _, err = program(bench.main, 'prepare', *args)
+        assert code == 2 and err.count('\n') == 1 and args[0].split('=')[1] in err
 
 
 def test_train_shows_that_four_heads_need_hardly_more_memory(program):

@@ -2,8 +2,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import torch
 
-from configurator import UserError, build, configure
+from configurator import UserError, build, configure, run
 from model import GPTConfig
 from model_k_ahead import KAheadConfig
 from model_mla import MLAConfig
@@ -129,3 +130,13 @@ def test_our_config_files(name, model_config):
         assert {k for k, v in vars(config).items() if v != getattr(twin, k)} == {'out_dir', 'wandb_run_name'}
     if name.endswith('_k_ahead'):
         assert KAheadConfig(**model_args).k_ahead == 4
+
+
+def test_only_what_is_for_want_of_memory_is_called_so(capsys):
+
+    for broken in (lambda: torch.zeros(6).view(4, 2), lambda: torch.zeros(2) @ torch.zeros(3)):
+        with pytest.raises(RuntimeError):
+            run(broken)
+    with pytest.raises(SystemExit):
+        run(lambda: torch.zeros(10 ** 15))
+    assert 'not enough memory' in capsys.readouterr().err

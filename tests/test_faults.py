@@ -205,7 +205,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, args, tmp_path, 
     whole = end_state(out)
     damage(out / 'ckpt.pt', how, seed=3)
     code, stdout, err = program(trainer.main, *args, '--keep_checkpoints=2')
-    assert code == 0 and 'ckpt.pt' in stdout and 'resuming from an older one, at iteration 6' in stdout
+    assert code == 0 and 'ckpt.pt' in stdout and 'resuming from ckpt.pt.1, at iteration 6' in stdout
+    assert (out / 'ckpt.pt.damaged').exists()
     assert_same_end(end_state(out), whole)
     for path in out.glob('ckpt*'):
         damage(path, 'truncated')
@@ -213,6 +214,54 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, args, tmp_path, 
     code, _, err = program(trainer.main, *args)
     assert code == 2 and err.count('\n') == 1 and 'damaged' in err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_kill_on_the_way_back_from_a_damaged_checkpoint_costs_nothing(args, tmp_path):
+    options = [*args, '--keep_checkpoints=2', '--max_iters=10']
+    assert finish([*options, f'--out_dir={tmp_path / "whole"}'])[0] == 0
+    assert finish([*options, '--max_iters=8'])[0] == 0
+    damage(tmp_path / 'out' / 'ckpt.pt', 'truncated')
+    process = start(options, before=slow_saves)
+    wait_for((tmp_path / 'out' / 'ckpt.pt.partial').exists)
+    process.kill()
+    process.join()
+    assert finish(options)[0] == 0
+    assert_same_end(end_state(tmp_path / 'out'), end_state(tmp_path / 'whole'))
+
+
+def test_a_new_run_in_a_used_folder_is_the_one_that_is_resumed(args, tmp_path):
+    out = tmp_path / 'out'
+    assert finish([*args, '--keep_checkpoints=3', '--seed=1'])[0] == 0  # the old one, at iteration 8
+    new = [*args, '--keep_checkpoints=3', '--seed=2', '--max_iters=6']
+    assert finish([*new, f'--out_dir={tmp_path / "whole"}'])[0] == 0
+    process = start([*new, '--init_from=scratch'], before=lambda: slow_steps(0.1))
+    wait_for(lambda: '"iter": 3, "loss"' in ''.join(rows(out)[:9]) and len(rows(out)) < 9)
+    process.kill()
+    process.join()
+    assert torch.load(out / 'ckpt.pt', weights_only=True)['iter_num'] == 2
+    assert torch.load(out / 'ckpt.pt.1', weights_only=True)['iter_num'] == 8
+    assert finish(new)[0] == 0
+    assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
+
+
+def test_what_is_best_is_what_is_best_on_the_disk(args, tmp_path, program, monkeypatch):
+    """A save that failed does not keep the next best from being saved."""
+    save, failing = trainer.save_checkpoint, [True]
+
+    def full_once(path, *rest, **state):
+        if failing and path.name == 'ckpt.pt':
+            failing.pop()
+            raise OSError(f'{path} cannot be written: no space')
+        save(path, *rest, **state)
+    monkeypatch.setattr(trainer, 'save_checkpoint', full_once)
+    losses = iter([3.0, 2.0, 2.5, 2.4, 2.6])
+    monkeypatch.setattr(GPT, 'losses', lambda self, x, y: (torch.full((1,), next(losses) if number.pop() else 9.0), torch.ones(1)))
+    number = [True, False] * 5  # validation, after training
+    code, out, _ = program(trainer.main, *args, '--always_save_checkpoint=False', '--eval_iters=1')
+    assert code == 0 and 'no space' in out
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['best_val_loss'] == pytest.approx(2.4)
+    last = torch.load(tmp_path / 'out' / 'ckpt_last.pt', weights_only=True)
+    assert last['iter_num'] == 8 and last['best_val_loss'] == pytest.approx(2.4)
 
 
 def test_no_flipped_bit_goes_unseen(args, tmp_path):

@@ -196,7 +196,9 @@ def test_a_changed_source_starts_over_and_an_end_while_tidying_up_does_not(tmp_p
     ({'a.parquet': b'no parquet'}, ['--source={}/*.parquet'], 'a.parquet cannot be read'),
     ({'a.txt': b'', 'parts/mine': b''}, ['--source={}/*.txt'], 'parts holds files that are not of this program'),
     ({'a.txt': b''}, ['--source={}/*.txt', '--out_dir={}/a.txt/x'], 'a.txt/x cannot be written'),
-    ({'a.txt': b''}, ['--source={}/*.txt', '--dataset=other'], 'exclude each other'),
+    ({'a.txt': b''}, ['--source={}/*.txt', '--dataset=other'], 'takes the place of dataset'),
+    ({'a.txt': b''}, ['--source={}/*.txt', '--split=none'], 'takes the place of dataset'),
+    ({'a.txt': b''}, ['--source={}/*.txt', '--out_dir='], 'out_dir is empty'),
     ({}, ['--workers=-1'], 'workers=-1 must be at least 0'),
 ])
 def test_mistakes_are_one_line(files, args, message, tmp_path, program, monkeypatch):

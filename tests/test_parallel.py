@@ -14,6 +14,7 @@ from test_train import ROOT
 
 import train as trainer
 from checkpoint import load_model
+from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 
@@ -37,15 +38,16 @@ def losses(out_dir):
     return [value for row in read_metrics(out_dir) for key, value in row.items() if key.endswith('loss')]
 
 
-def test_two_processes_resume_bit_for_bit_and_one_goes_on_with_a_note(args, tmp_path, program):
+@pytest.mark.parametrize('model_class, script, name', [(GPT, 'train.py', 'ckpt.pt'), (GPT_KAhead, 'train_k_ahead.py', 'ckpt_k_ahead.pt')])
+def test_two_processes_resume_bit_for_bit_and_one_goes_on_with_a_note(model_class, script, name, args, tmp_path, program):
     args += ['--dropout=0.1']
-    torchrun([*args, f'--out_dir={tmp_path / "whole"}'])
+    torchrun([*args, f'--out_dir={tmp_path / "whole"}'], script=script)
     half = [*args, f'--out_dir={tmp_path / "half"}']
-    torchrun([*half, '--max_iters=4'])
+    torchrun([*half, '--max_iters=4'], script=script)
     shutil.copytree(tmp_path / 'half', tmp_path / 'one')
-    torchrun(half)
-    assert_same_end(end_state(tmp_path / 'half'), end_state(tmp_path / 'whole'))
-    code, out, err = program(trainer.main, *args, f'--out_dir={tmp_path / "one"}')
+    torchrun(half, script=script)
+    assert_same_end(end_state(tmp_path / 'half', name), end_state(tmp_path / 'whole', name))
+    code, out, err = program(lambda: trainer.main(model_class), *args, f'--out_dir={tmp_path / "one"}')
     assert code == 0 and 'note: the checkpoint was written by 2 processes, here are 1' in out, err
     assert losses(tmp_path / 'one') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-5)
 
@@ -84,13 +86,16 @@ def workers_of(pid):
     return [int(line.split()[0]) for line in found.splitlines() if 'train' in line]
 
 
-def test_sigterm_to_torchrun_saves(args, tmp_path):
+@pytest.mark.parametrize('to_all', [False, True])  # as Slurm and systemd do, after which torchrun sends its own
+def test_sigterm_to_torchrun_saves(to_all, args, tmp_path):
     out = tmp_path / 'out'
     process = subprocess.Popen([*TORCHRUN, '--standalone', '--nproc_per_node=2', 'train.py', *args, '--max_iters=100000',
                                 '--eval_interval=100000', '--lr_decay_iters=100000'], cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL)
     wait_for(lambda: (out / 'metrics.jsonl').exists() and len(read_metrics(out)) > 3, 120)
-    process.terminate()
+    workers = workers_of(process.pid)
+    for pid in [process.pid, *(workers if to_all else [])]:
+        os.kill(pid, signal.SIGTERM)
     process.wait(60)
     wait_for((out / 'ckpt_last.pt').exists, 10)
     assert torch.load(out / 'ckpt_last.pt', weights_only=True)['iter_num'] >= 3

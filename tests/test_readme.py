@@ -6,7 +6,7 @@ import pytest
 
 from analysis import NAMES
 from analysis.program import AnalysisConfig
-from bench import DecodeConfig, KAheadDecodeConfig, StepConfig
+from bench import DecodeConfig, KAheadDecodeConfig, PrepareBenchConfig, StepConfig
 from convert_mla import ConvertConfig
 from data.openwebtext.prepare import PrepareConfig
 from evaluate import EvaluateConfig
@@ -20,7 +20,7 @@ README = (Path(__file__).parents[1] / 'README.md').read_text()
 
 @pytest.mark.parametrize('config_class', [TrainConfig, KAheadConfig, SampleConfig, ConvertConfig, DecodeConfig, StepConfig,
                                           KAheadDecodeConfig, AnalysisConfig, ResidualConfig,
-                                          EvaluateConfig, PrepareConfig])
+                                          EvaluateConfig, PrepareConfig, PrepareBenchConfig])
 def test_every_key_is_explained_with_its_default(config_class):
     missing = [f.name for f in fields(config_class) if f'| `{f.name}` | `{f.default!r}` | ' not in README]
     assert missing == []

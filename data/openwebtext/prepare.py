@@ -63,13 +63,17 @@ class PrepareConfig:
     source: str = ''  # instead of a dataset a glob of local .txt (each a document), .jsonl, .json (a line each), .parquet
     text_key: str = 'text'  # key or column that holds the text
     out_dir: str = ''  # folder for train.bin and val.bin
-    workers: int = 0  # processes, 0 = one for each core; the bins do not depend on it
+    workers: int = 0  # processes, 0 = one for each core, 12 at most; the bins do not depend on it
     part_documents: int = 10_000  # documents of a part at most, which an interrupted worker has to do again
 
     def __post_init__(self):
         check_least(self, workers=0, part_documents=1)
-        if self.source and (self.subset or self.dataset != 'openwebtext'):
-            raise ValueError(f'source={self.source} and dataset={self.dataset} exclude each other: give one of them')
+        if self.workers > 1000:
+            raise ValueError(f'workers={self.workers} must be at most 1000')
+        if not self.out_dir:
+            raise ValueError('out_dir is empty: give a folder')
+        if self.source and (self.subset or self.dataset != 'openwebtext' or self.split != 'train'):
+            raise ValueError(f'source={self.source} takes the place of dataset, subset and split: leave those out')
 
 
 def main():
@@ -87,7 +91,8 @@ def main():
 def prepare(config):
     """Write train.bin and val.bin into config.out_dir. Raises UserError, or OSError where that cannot be written."""
     out_dir, work = Path(config.out_dir), Path(config.out_dir) / 'parts'
-    workers = config.workers or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    # twelve stay under 2 GB together
+    workers = config.workers or min(12, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     out_dir.mkdir(parents=True, exist_ok=True)
     if config.source:
         identity = files = find_files(config.source)
@@ -248,6 +253,8 @@ def whole_file(path):
     """A file to write that has its name only once it is complete."""
     with open(f'{path}.partial', 'wb') as f:
         yield f
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(f'{path}.partial', path)
 
 
