@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -80,16 +81,12 @@ def keep_older(path, keep):
 
 def sync_folder(path):
     """Have the disk remember a renaming, where the system can."""
-    try:
+    with suppress(OSError):
         folder = os.open(Path(path).parent, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(folder)
-    except OSError:
-        pass
-    finally:
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def run_checkpoints(out_dir, model_type):
