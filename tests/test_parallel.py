@@ -76,7 +76,7 @@ def test_a_killed_worker_comes_back_and_the_run_ends_as_if_it_had_not_died(args,
     wait_for((out / 'ckpt.pt').exists, 120)
     for pid in workers_of(process.pid)[:1]:
         os.kill(pid, signal.SIGKILL)
-    assert process.wait(180) == 0
+    assert process.wait(400) == 0
     assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
 
 

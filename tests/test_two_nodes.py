@@ -64,7 +64,7 @@ def test_a_worker_is_lost_on_one_node_and_the_run_ends_as_if_it_had_not_been(nod
     try:
         wait_for((tmp_path / 'out' / 'ckpt_mla.pt').exists, 120)
         os.kill(workers_of(processes[1].pid)[0], signal.SIGKILL)
-        assert [process.wait(180) for process in processes] == [0, 0]
+        assert [process.wait(400) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
