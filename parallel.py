@@ -122,7 +122,8 @@ def team(config):
     if not dist.is_backend_available(backend):
         raise UserError(f"backend={backend!r} is not available in this torch: use 'nccl', 'gloo' or 'auto'")
     # processes that torchrun starts anew can miss each other; then they had better fail soon, and be started once more
-    dist.init_process_group(backend, timeout=timedelta(seconds=90))
+    anew = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    dist.init_process_group(backend, timeout=timedelta(seconds=20 if anew else 300))
     dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30))  # a save or a compilation of one may keep the others waiting
     control = dist.new_group(backend='gloo') if backend != 'gloo' else None
     yield Team(dist.get_rank(), size, device, device_type, config.parallel == 'fsdp' and size > 1, control)
