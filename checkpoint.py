@@ -221,7 +221,9 @@ def find_checkpoint(source, model_type=None):
 
 
 def dataset_of(source, model_type=None):
-    """The dataset that the checkpoint at source, as load_model finds it, was trained on; '' where it does not say."""
+    """The dataset that the model at source, as load_model finds it, was trained on; '' where it does not say, as GPT-2 does not."""
+    if is_hugging_face(source):
+        return ''
     return (read_checkpoint(find_checkpoint(source, model_type), mmap=True).get('config') or {}).get('dataset', '')
 
 

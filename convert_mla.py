@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import checkpoint_path, dataset_of, describe, is_hugging_face, load_model, save_checkpoint
+from checkpoint import checkpoint_path, dataset_of, describe, load_model, save_checkpoint
 from configurator import UserError, check_least, configure, run
 from dataset import draw_batch, open_data
 from device import pick_device
@@ -131,9 +131,7 @@ def calibration_windows(data, block_size, config, device):
 def open_text(config, source, model, spec):
     """The name of the text for calibration and val loss and its Data; '' and None where none was named and the checkpoint's
     is not on this disk."""
-    dataset = config.dataset
-    if not dataset and not is_hugging_face(source):
-        dataset = dataset_of(source)
+    dataset = config.dataset or dataset_of(source)
     try:
         data = open_data(dataset)
         data.check(model.config.block_size, model.config.vocab_size)
