@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from checkpoint import dataset_of, describe, is_hugging_face, load_model
+from checkpoint import dataset_of, describe, load_model
 from configurator import UserError, check_least, configure, run
 from data.tokenizer import make_tokenizer
 from dataset import check_ids, open_data
@@ -66,6 +66,12 @@ def token_losses(model, idx, targets, dtype=torch.float32):
         x = model.embed(idx)  # (B, T, n_embd)
         for block in model.transformer.h:
             x = block(x)
+    return stream_losses(model, x, targets)
+
+
+@torch.no_grad()
+def stream_losses(model, x, targets):
+    """As token_losses, from the last residual stream x (B, T, n_embd)."""
     asked = targets != -1
     # outside autocast, since logits of GPT-2 can be near -100, where the steps of bfloat16 are 0.5 wide
     found = [F.cross_entropy(model.unembed(rows).float(), wanted, reduction='none')
@@ -219,7 +225,7 @@ def question_scores(model, questions, dtype, batch_size):
 def open_text(config, model, spec, tokenizer):
     """The name of the dataset and the tokens to evaluate of it; '' and none where no dataset is named but questions are.
     Raises UserError."""
-    dataset = config.dataset or ('' if is_hugging_face(config.model) else dataset_of(config.model))
+    dataset = config.dataset or dataset_of(config.model)
     if not dataset and config.hellaswag:
         return '', []
     if not dataset:

@@ -454,7 +454,7 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
         said = save(last_path(path)) if iter_num > saved_iter and not config.eval_only else ''
         say(f'stopped before iteration {iter_num}{said}' + ('; go on with --init_from=resume' if said or resumed_from else ''))
     if wandb:
-        finish = threading.Thread(target=lambda: finish_quietly(wandb), daemon=True)
+        finish = threading.Thread(target=finish_quietly, args=(wandb,), daemon=True)
         finish.start()
         finish.join(60)  # without a network it would wait for ever
     if not_saved:

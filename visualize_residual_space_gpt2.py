@@ -5,8 +5,8 @@ The residual stream of a model, flattened to two dimensions: where each token go
     python visualize_residual_space_gpt2.py --model=out_shakespeare_quick/ckpt_mla.pt --repeat=2 --animation
 
 Two principal components (Pearson 1901) of all tokens at all layers together, or of each layer on its own; the mean over n_embd,
-which every layer norm removes, is taken away first. What is plotted of it
-can be less (tokens, layers); the components do not change with that.
+which every layer norm removes, is taken away first. Fewer tokens and layers can be plotted; the components do not change with
+that.
 
 In GPT-2 a few dimensions are hundreds of times larger than the rest, and the first position has a norm that swallows the
 picture: --drop_first leaves that position out, and --normalize takes every vector as a layer norm hands it on, its length the
@@ -24,7 +24,7 @@ from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 
 from analysis.plots import token_labels
-from analysis.program import AnalysisConfig, as_json, default_folder, load_subject, make_folder, progress, save
+from analysis.program import AnalysisConfig, as_json, default_folder, load_subject, make_folder, progress, save, writing_to
 from analysis.record import residual_streams
 from checkpoint import describe
 from configurator import UserError, check_least, configure, run
@@ -214,7 +214,7 @@ def draw_trajectories(name, result, labels=True):
     """A Figure in which each token's points are joined through the layers, first to last."""
     figure = Figure(figsize=(8.5, 7), layout='constrained')
     ax = figure.subplots()
-    for token, path in enumerate(result.coordinates.transpose(1, 0, 2)):
+    for path in result.coordinates.transpose(1, 0, 2):
         ax.plot(*path.T, color='#bbbbbb', linewidth=0.8, zorder=1)
         ax.plot(*path[0], marker='x', color='#888888', markersize=4, zorder=2)
     image = scatter(ax, result.coordinates[-1], result)
@@ -272,10 +272,8 @@ def main():
     saved = ['residual_space.png', 'residual_trajectories.png', 'residual_space.json']
     if config.animation:
         saved.append('residual_space.gif')
-        try:
+        with writing_to(out_dir):
             save_animation(out_dir / saved[-1], subject.label, result, config.labels)
-        except OSError as e:
-            raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror or e}): give another') from None
     print(f"\nsaved {', '.join(saved)} in {out_dir}")
 
 

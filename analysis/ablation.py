@@ -11,13 +11,12 @@ A mean is taken position by position over all windows, so that what a head write
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from analysis.plots import Panel, draw_panels, symmetric
 from analysis.program import AnalysisConfig, main, progress, top_heads
 from analysis.record import go_on, last, record
 from configurator import UserError, check_least, run
+from evaluate import stream_losses
 
 METHODS = ('zero', 'mean')
 
@@ -59,12 +58,6 @@ def in_context_positions(T):
     return early, late
 
 
-@torch.no_grad()
-def token_losses(model, x, targets):
-    """Cross-entropy in nats at each token (B, T), for the last residual stream x (B, T, n_embd)."""
-    return F.cross_entropy(model.unembed(x).flatten(0, 1), targets.flatten(), reduction='none').view_as(targets)
-
-
 def mean_outputs(model, windows):
     """What each head gives on average over windows, tensors (B, T): for each layer (n_head, T, head_dim)."""
     totals, count = [0.0] * model.config.n_layer, 0
@@ -87,7 +80,7 @@ def analyse(subject, config):
     without = {place: [[], []] for place in np.ndindex(len(METHODS), c.n_layer, c.n_head)}
 
     def measure(x, targets, into):
-        losses = token_losses(model, x, targets).double()  # (B, T)
+        losses = stream_losses(model, x, targets)  # (B, T)
         into[0] += losses.mean(1).tolist()
         into[1] += (losses[:, late] - losses[:, early]).tolist()
     for idx, layer, head in progress([(idx, *place) for idx in windows for place in np.ndindex(c.n_layer, c.n_head)], 'ablation'):

@@ -13,10 +13,10 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.induction_heads import Config as InductionConfig
-from analysis.induction_heads import batch_size, copy_length
+from analysis.induction_heads import copy_length, patterns_over_copies
 from analysis.plots import Panel, draw_panels, token_labels
-from analysis.program import main, progress, top_heads
-from analysis.record import record, repeated_tokens
+from analysis.program import main, top_heads
+from analysis.record import record
 from configurator import UserError, run
 
 
@@ -56,20 +56,16 @@ def row_entropy(pattern):
 def analyse(subject, config):
     model = subject.model
     n = copy_length(model, config.length)
-    idx = repeated_tokens(subject.n_vocab, config.sequences, n, config.seed).to(subject.device)
     choices = torch.arange(2, 2 * n + 1, device=subject.device).log()  # the largest entropy of each row but the first
     sums = {kind: np.zeros((model.config.n_layer, model.config.n_head)) for kind in (*KINDS, 'entropy', 'relative_entropy')}
-    size = batch_size(model, 2 * n)
-    for start in progress(range(0, len(idx), size), 'patterns'):
-        for block in record(model, idx[start:start + size]):
-            pattern = block.pattern()
-            entropy = row_entropy(pattern)[..., 1:]  # (B, n_head, T - 1)
-            found = {'previous': pattern.diagonal(-1, -2, -1), 'current': pattern.diagonal(0, -2, -1)[..., 1:],
-                     'first': pattern[..., 1:, 0], 'duplicate': pattern.diagonal(-n, -2, -1),
-                     'entropy': entropy, 'relative_entropy': entropy / choices}
-            for kind, values in found.items():
-                sums[kind][block.layer] += values.mean(-1).sum(0).cpu().numpy()
-    result = Patterns(**{kind: total / len(idx) for kind, total in sums.items()}, threshold=config.threshold)
+    for _, layer, pattern in patterns_over_copies(subject, config, n, 'patterns'):
+        entropy = row_entropy(pattern)[..., 1:]  # (B, n_head, T - 1)
+        found = {'previous': pattern.diagonal(-1, -2, -1), 'current': pattern.diagonal(0, -2, -1)[..., 1:],
+                 'first': pattern[..., 1:, 0], 'duplicate': pattern.diagonal(-n, -2, -1),
+                 'entropy': entropy, 'relative_entropy': entropy / choices}
+        for kind, values in found.items():
+            sums[kind][layer] += values.mean(-1).sum(0).cpu().numpy()
+    result = Patterns(**{kind: total / config.sequences for kind, total in sums.items()}, threshold=config.threshold)
     if config.prompt:
         result.prompt_tokens, result.prompt_patterns = over_prompt(subject, config, result)
     return result

@@ -26,10 +26,10 @@ class Heads:
     W_V: torch.Tensor
     W_O: torch.Tensor
 
-    @property
-    def names(self):
-        """Layer.head of every head, in the order in which the first two dimensions flatten."""
-        return [f'{layer}.{head}' for layer in range(len(self.W_Q)) for head in range(self.W_Q.size(1))]
+
+def head_names(model):
+    """Layer.head of every head, in the order in which the first two dimensions of Heads flatten."""
+    return [f'{layer}.{head}' for layer in range(model.config.n_layer) for head in range(model.config.n_head)]
 
 
 def centred(x, dim=-1):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from analysis.circuits import Heads, centred, folded_heads, triangle
+from analysis.circuits import Heads, centred, folded_heads, head_names, triangle
 from analysis.plots import Panel, draw_panels, symmetric
 from analysis.program import AnalysisConfig, main, progress
 from configurator import UserError, check_least, run
@@ -97,7 +97,7 @@ def analyse(subject, config):
         later = slice(layer * c.n_head, (layer + 1) * c.n_head)
         for kind, scores in compositions(layers(heads, slice(layer)), layers(heads, slice(layer, layer + 1))).items():
             result[kind][:layer * c.n_head, later] = scores.cpu().numpy() - means[kind]
-    return Composition(heads.names, **result, chance=means, chance_spread=spreads, top=config.top)
+    return Composition(head_names(subject.model), **result, chance=means, chance_spread=spreads, top=config.top)
 
 
 def strongest(result, kind, count):

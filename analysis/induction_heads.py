@@ -48,17 +48,24 @@ def batch_size(model, length):
     return max(1, min(16, 2 ** 24 // (model.config.n_head * length ** 2)))
 
 
+def patterns_over_copies(subject, config, n, what):
+    """Run the model on config.sequences of n random tokens, each twice, a batch at a time. Yields the number of a batch's first
+    sequence, the layer, and its attention patterns (B, n_head, 2 n, 2 n)."""
+    idx = repeated_tokens(subject.n_vocab, config.sequences, n, config.seed).to(subject.device)
+    size = batch_size(subject.model, 2 * n)
+    for start in progress(range(0, len(idx), size), what):
+        for block in record(subject.model, idx[start:start + size]):
+            yield start, block.layer, block.pattern()
+
+
 def analyse(subject, config):
     model = subject.model
     n = copy_length(model, config.length)
-    idx = repeated_tokens(subject.n_vocab, config.sequences, n, config.seed).to(subject.device)
-    scores = np.zeros((len(idx), model.config.n_layer, model.config.n_head))
-    size = batch_size(model, 2 * n)
-    for start in progress(range(0, len(idx), size), 'induction'):
-        for block in record(model, idx[start:start + size]):
-            # from position n + i of the second copy to i + 1, which followed the same token
-            matches = block.pattern().diagonal(1 - n, -2, -1)[..., 1:]  # (B, n_head, n)
-            scores[start:start + size, block.layer] = matches.mean(-1).cpu()
+    scores = np.zeros((config.sequences, model.config.n_layer, model.config.n_head))
+    for start, layer, pattern in patterns_over_copies(subject, config, n, 'induction'):
+        # from position n + i of the second copy to i + 1, which followed the same token
+        matches = pattern.diagonal(1 - n, -2, -1)[..., 1:]  # (B, n_head, n)
+        scores[start:start + len(matches), layer] = matches.mean(-1).cpu()
     return Induction(scores.mean(0), scores.std(0), n, config.threshold)
 
 

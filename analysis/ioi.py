@@ -21,7 +21,7 @@ import torch
 
 from analysis.plots import Panel, draw_panels, symmetric
 from analysis.program import AnalysisConfig, main, progress, top_heads
-from analysis.record import go_on, record
+from analysis.record import go_on, last, record
 from configurator import UserError, check_least, run
 
 TEMPLATES = (
@@ -108,7 +108,6 @@ def make_prompts(subject, count, seed):
         io, s, *others = (int(name) for name in rng.choice(names, 5, replace=False))
         template, place, thing = TEMPLATES[number % len(TEMPLATES)], rng.choice(PLACES), rng.choice(THINGS)
         first_two = (io, s) if i < (count + 1) // 2 else (s, io)
-
         text = template.format(A='\0', B='\0', place=place, thing=thing)
         parts = [tokenizer.encode(part) for part in text.split('\0')]  # before, between and behind the three names
 
@@ -137,12 +136,15 @@ def at_end(x, prompts):
     return x[torch.arange(len(x), device=x.device), prompts.end]
 
 
+def towards_io(model, prompts):
+    """What of the normed residual stream makes logit(IO) - logit(S): (B, n_embd)"""
+    return model.lm_head.weight[prompts.io] - model.lm_head.weight[prompts.s]
+
+
 @torch.no_grad()
 def logit_differences(model, x, prompts):
     """logit(IO) - logit(S) for the last residual stream x (B, T, n_embd): (B,)"""
-    x = model.transformer.ln_f(at_end(x, prompts))
-    direction = model.lm_head.weight[prompts.io] - model.lm_head.weight[prompts.s]  # (B, n_embd)
-    return (x * direction).sum(-1)
+    return (model.transformer.ln_f(at_end(x, prompts)) * towards_io(model, prompts)).sum(-1)
 
 
 @torch.no_grad()
@@ -150,8 +152,8 @@ def attribute(model, prompts):
     """The part of each head (n_layer, n_head, B), of each MLP (n_layer, B) and of the rest (B,) in the logit difference
     (B,), which comes last."""
     ln_f = model.transformer.ln_f
-    direction = (model.lm_head.weight[prompts.io] - model.lm_head.weight[prompts.s]).double()  # (B, n_embd)
-    blocks, written = list(model.transformer.h), []
+    direction = towards_io(model, prompts).double()
+    blocks, written = model.transformer.h, []
     for block in record(model, prompts.idx):
         W_O = blocks[block.layer].attn.head_weights()[-1]  # (n_head, head_dim, n_embd)
         z = at_end(block.z.transpose(1, 2), prompts)  # (B, n_head, head_dim)
@@ -191,10 +193,8 @@ def patch(model, clean, corrupted):
                 z = z.clone()
                 z[:, head] = torch.where(where, clean_z[layer][:, head].repeat(n_roles, 1, 1), z[:, head])
             return z
-        x = corrupted_run[layer].before.repeat(n_roles, 1, 1)
-        for block in go_on(model, x, layer, edit):
-            pass
-        results[layer, head] = logit_differences(model, block.after, many).view(n_roles, B)
+        x = last(go_on(model, corrupted_run[layer].before.repeat(n_roles, 1, 1), layer, edit))
+        results[layer, head] = logit_differences(model, x, many).view(n_roles, B)
     return results, before, after
 
 

@@ -117,8 +117,8 @@ def analyse(subject, config):
         for number in range(min(config.directions, len(strengths))):
             u = basis @ vectors[:, number]  # (n_embd,)
             along = tokens @ u
-            u = u * along[along.abs().argmax()].sign()  # the end that is excited most comes first
-            excite, inhibit = furthest(tokens @ u)
+            sign = along[along.abs().argmax()].sign()  # the end that is excited most comes first
+            u, (excite, inhibit) = sign * u, furthest(sign * along)
             written = [u @ W_V @ W_O for W_V, W_O in zip(heads.W_V[layer], heads.W_O[layer])]
             ends = [furthest(one @ W_U) for one in written]
             key_part = (vectors[:, number] @ G_K @ vectors[:, number] / squares.flip(-1)[number].clamp_min(1e-300)).item()

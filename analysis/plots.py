@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 @dataclass
 class Panel:
-    """One row of a picture: a number for every cell, of every model."""
+    """A part of a picture: a number for every cell, of every model."""
     title: str
     maps: dict  # name of the model -> array (rows, columns); nan is left grey
     unit: str  # of the colour bar

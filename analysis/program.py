@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +22,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import dataset_of, describe, is_hugging_face, load_model
+from checkpoint import dataset_of, describe, load_model
 from configurator import UserError, check_least, configure
 from data.tokenizer import make_tokenizer
 from dataset import open_data
 from device import pick_device
 from sample import encode, read_prompt
 
-BATCH_TOKENS = 2048  # at once, whose logits over GPT-2's vocabulary take 400 MB
+BATCH_TOKENS = 2048  # at once
 
 
 @dataclass
@@ -87,7 +88,7 @@ def text_tokens(subject, text):
     """The ids of a text as Subject.windows takes it."""
     if text.startswith('FILE:'):
         return subject.tokens('text', text)
-    name = text or ('' if is_hugging_face(subject.source) else dataset_of(subject.source))
+    name = text or dataset_of(subject.source)
     if not name:
         raise UserError(f'text is empty, and {subject.source} names no dataset of its own: give --text=FILE:book.txt or a '
                         'dataset')
@@ -137,23 +138,28 @@ def default_folder(subject):
     return Path('out_analysis', *(part.removesuffix('.pt') for part in parts if part != '..'))
 
 
-def make_folder(out_dir):
+@contextmanager
+def writing_to(out_dir):
+    """What is written meanwhile, with what goes wrong as a UserError."""
     try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as e:
-        raise UserError(f'out_dir={out_dir} cannot be made ({e.strerror}): give another') from None
+        raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror or e}): give another') from None
+
+
+def make_folder(out_dir):
+    with writing_to(out_dir):
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
     return Path(out_dir)
 
 
 def save(name, numbers, figures, config, out_dir):
     """Write figures, by name, and the numbers, a dictionary, with the settings that led to them. Raises UserError."""
-    try:
+    with writing_to(out_dir):
         for picture, figure in figures.items():
             figure.savefig(out_dir / f'{picture}.png', dpi=110)
         text = json.dumps({'settings': dataclasses.asdict(config), **numbers}, allow_nan=False)
         (out_dir / f'{name}.json').write_text(text + '\n')
-    except OSError as e:
-        raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror or e}): give another') from None
 
 
 def as_json(value):

@@ -75,12 +75,12 @@ def residual_streams(model, idx):
     return torch.stack(streams)
 
 
-def repeated_tokens(n_vocab, sequences, length, seed, copies=2):
-    """Random token ids, each sequence repeated: (sequences, copies * length) of int64. Within a copy no token comes twice,
+def repeated_tokens(n_vocab, sequences, length, seed):
+    """Random token ids, each sequence twice: (sequences, 2 * length) of int64. Within a copy no token comes twice,
     so that what precedes a token in the text determines it, unless the vocabulary is smaller than length."""
     generator = torch.Generator().manual_seed(seed)
     if n_vocab < length:
         once = torch.randint(n_vocab, (sequences, length), generator=generator)
     else:
         once = torch.stack([torch.randperm(n_vocab, generator=generator)[:length] for _ in range(sequences)])
-    return once.repeat(1, copies)
+    return once.repeat(1, 2)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
 
-from analysis.program import AnalysisConfig, as_json, load_subject, make_folder, progress, save, text_tokens
+from analysis.program import AnalysisConfig, as_json, load_subject, make_folder, progress, save, text_tokens, writing_to
 from checkpoint import describe, find_checkpoint, is_hugging_face
 from configurator import UserError, configure, run
 from device import pick_device
@@ -131,10 +131,8 @@ def main():
         for line in left_out:
             print(f'{name}: left out for {line}')
         body.append(section(name, module, results, left_out, out_dir))
-    try:
+    with writing_to(out_dir):
         (out_dir / 'report.html').write_text(PAGE.format(body='\n'.join(body)), encoding='utf-8')
-    except OSError as e:
-        raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror}): give another') from None
     print(f'saved {out_dir / "report.html"}')
 
 

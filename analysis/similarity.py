@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from analysis.circuits import centred, triangle
+from analysis.circuits import centred, head_names, triangle
 from analysis.plots import Panel, draw_panels
 from analysis.program import AnalysisConfig, load_subject, main, progress
 from analysis.record import record
@@ -76,10 +76,6 @@ def activations(model, windows):
             written[block.layer].append((block.z @ shapes[block.layer]).transpose(0, 1).flatten(1, 2))
     heads = [head for layer in written for head in torch.cat(layer, dim=1)]
     return [torch.cat(parts) for parts in streams], heads
-
-
-def head_names(model):
-    return [f'{layer}.{head}' for layer in range(model.config.n_layer) for head in range(model.config.n_head)]
 
 
 def compare(subject, other, config):

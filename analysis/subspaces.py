@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from analysis.circuits import folded_heads, joint_reading_space, orthonormal
+from analysis.circuits import folded_heads, head_names, joint_reading_space, orthonormal
 from analysis.plots import Panel, draw_panels
 from analysis.program import AnalysisConfig, main, progress
 from configurator import run
 
-SPACES = ('output', 'key', 'value')
 PAIRS = (('output', 'output'), ('key', 'key'), ('value', 'value'), ('output', 'key'), ('output', 'value'), ('key', 'value'))
 
 
@@ -80,11 +79,12 @@ def analyse(subject, config):
     n_dimensions = heads.W_Q.size(2) - 1  # the centring leaves one less
     layer = np.arange(n_layer * n_head) // n_head
     same_layer = layer[:, None] == layer
+    pairs_within = same_layer & ~np.eye(len(layer), dtype=bool)
     latents = [joint_reading_space(heads, number) for number in range(n_layer)]
     ranks = np.array([latent.size(1) for latent in latents])
     by_pair = {field: {} for field in ('overlap', 'chance', 'smallest_angle', 'within', 'across', 'angles_within', 'angles_across')}
     chance_in_latent = np.mean(np.minimum(heads.W_K.size(-1), ranks) / ranks.clip(min=1))
-    result = Subspaces(heads.names, **by_pair, latent_rank=ranks.tolist(), latent_overlap=np.zeros((n_layer, n_layer)),
+    result = Subspaces(head_names(subject.model), **by_pair, latent_rank=ranks.tolist(), latent_overlap=np.zeros((n_layer, n_layer)),
                        latent_chance=np.maximum.outer(ranks, ranks) / n_dimensions, chance_in_latent=float(chance_in_latent))
     for first, second in progress(PAIRS, 'subspaces'):
         pair, (A, sizes), (B, other_sizes) = f'{first}-{second}', bases[first], bases[second]
@@ -93,7 +93,6 @@ def analyse(subject, config):
         angles = degrees(squares).cpu().numpy()
         result.overlap[pair], result.smallest_angle[pair] = overlap, angles[..., 0]
         result.chance[pair] = (torch.maximum(sizes[:, None], other_sizes).double().mean() / n_dimensions).item()
-        pairs_within = same_layer & ~np.eye(len(layer), dtype=bool)
         pairs_across = layer[:, None] < layer if first == 'output' != second else ~same_layer  # what later heads can read
         result.within[pair], result.across[pair] = (float(mean_where(overlap, w)) for w in (pairs_within, pairs_across))
         result.angles_within[pair], result.angles_across[pair] = (mean_where(angles, w) for w in (pairs_within, pairs_across))

@@ -6,7 +6,6 @@ from analysis.program import Subject
 from conftest import CHARS, tiny_model
 from convert_mla import convert
 from model import GPT, GPTConfig
-from model_mla import GPT_MLA
 
 N = 16  # tokens of the vocabulary, positions and numbers in a head of the induction model
 TOKEN, POSITION, PREVIOUS, REST = range(0, 16), range(16, 32), range(32, 48), 48
