@@ -9,7 +9,6 @@ import math
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -121,10 +120,7 @@ def team(config):
         raise UserError(f"backend='nccl' needs GPUs, device is {device_type}: use backend='gloo' or 'auto'")
     if not dist.is_backend_available(backend):
         raise UserError(f"backend={backend!r} is not available in this torch: use 'nccl', 'gloo' or 'auto'")
-    # processes that torchrun starts anew can miss each other; then they had better fail soon, and be started once more
-    anew = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
-    dist.init_process_group(backend, timeout=timedelta(seconds=20 if anew else 300))
-    dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30))  # a save or a compilation of one may keep the others waiting
+    dist.init_process_group(backend)
     control = dist.new_group(backend='gloo') if backend != 'gloo' else None
     yield Team(dist.get_rank(), size, device, device_type, config.parallel == 'fsdp' and size > 1, control)
     dist.destroy_process_group()  # not after an error in one process: it would wait for the others

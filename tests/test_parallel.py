@@ -68,15 +68,15 @@ def test_sharded_it_is_the_same_run_and_its_checkpoints_need_no_shards(model_cla
 
 
 def test_a_killed_worker_comes_back_and_the_run_ends_as_if_it_had_not_died(args, tmp_path):
-    """torchrun --max-restarts, and the command as it stands in README.md: --init_from=auto."""
+    """torchrun --max-restarts with --init_from=auto, as README.md says; all it takes is one restart."""
+    args += ['--max_iters=300', '--eval_interval=20']
     torchrun([*args, f'--out_dir={tmp_path / "whole"}'])
     out = tmp_path / 'out'
-    process = subprocess.Popen([*TORCHRUN, '--standalone', '--nproc_per_node=2', '--max-restarts=20', 'train.py', *args], cwd=ROOT,
-                               env=ENV, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*TORCHRUN, '--standalone', '--nproc_per_node=2', '--max-restarts=1', 'train.py', *args], cwd=ROOT,
+                               env=ENV | {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_for((out / 'ckpt.pt').exists, 120)
-    for pid in workers_of(process.pid)[:1]:
-        os.kill(pid, signal.SIGKILL)
-    assert process.wait(900) == 0
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    assert process.wait(180) == 0
     assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
 
 

@@ -49,23 +49,22 @@ def nodes():
 
 def readme_command():
     """README's line for two nodes, up to the program."""
-    lines = re.findall(r'^torchrun --nnodes=2 .*$', (ROOT / 'README.md').read_text(), re.M)
+    lines = re.findall(r'^.*torchrun --nnodes=2 .*$', (ROOT / 'README.md').read_text(), re.M)
     assert len(lines) == 1 and '--nproc_per_node=8' in lines[0] and '--init_from=auto' in lines[0]
     assert f'--rdzv_endpoint={ADDRESSES[1]}:' in lines[0] and ' train_mla.py ' in lines[0]
-    return lines[0].split(' train_mla.py ')[0].replace('--nproc_per_node=8', '--nproc_per_node=1').replace(
-        '--max-restarts=3', '--max-restarts=20')  # on a busy machine the new processes can miss each other
+    return lines[0].split(' train_mla.py ')[0].replace('--nproc_per_node=8', '--nproc_per_node=1')
 
 
 def test_a_worker_is_lost_on_one_node_and_the_run_ends_as_if_it_had_not_been(nodes, tiny_args, tmp_path):
     args = [*tiny_args, '--max_iters=300', '--eval_interval=20', '--init_from=auto']
     command = readme_command().replace('torchrun', f'{sys.executable} -m torch.distributed.run', 1)
     processes = [subprocess.Popen(['ip', 'netns', 'exec', node, 'unshare', '--uts', 'sh', '-c',
-                                   f'hostname {node}; exec {command} train_mla.py "$@"', 'sh', *args],
+                                   f'hostname {node}; exec env {command} train_mla.py "$@"', 'sh', *args],
                                   cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for node in nodes]
     try:
         wait_for((tmp_path / 'out' / 'ckpt_mla.pt').exists, 120)
         os.kill(workers_of(processes[1].pid)[0], signal.SIGKILL)
-        assert [process.wait(900) for process in processes] == [0, 0]
+        assert [process.wait(180) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
@@ -78,6 +77,6 @@ def test_the_slurm_script_starts_what_readme_says():
     script = ROOT / 'config' / 'train_gpt2_mla.slurm'
     assert sh(f'bash -n {script}').returncode == 0
     text = script.read_text()
-    for option in ('--rdzv_backend=c10d', '--max-restarts=3', '--nproc_per_node=8', 'train_mla.py config/train_gpt2_mla.py',
+    for option in ('TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1', '--rdzv_backend=c10d', '--max-restarts=3', '--nproc_per_node=8', 'train_mla.py config/train_gpt2_mla.py',
                    '--gradient_accumulation_steps=48', '--init_from=auto'):
         assert option in text and option in (ROOT / 'README.md').read_text(), option
