@@ -156,6 +156,7 @@ def locked(out_dir):
 
 
 def lock(out_dir, at_end):
+    """Enter locked(out_dir) until at_end. Raises UserError."""
     try:
         at_end.enter_context(locked(out_dir))
     except OSError as e:
@@ -260,7 +261,9 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     micro_steps = config.gradient_accumulation_steps // world_size  # of this process
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * block_size
     metrics = Path(config.out_dir) / 'metrics.jsonl'
-    history = open_metrics(metrics, iter_num, None if has_folder else at_end) if writes else []
+    history = open_metrics(metrics, iter_num) if writes else []
+    if writes and not has_folder:
+        lock(config.out_dir, at_end)
     for path, _ in damaged if writes else []:
         path.rename(f'{path}.damaged')  # which must not take the place of an older one that is whole
     wandb = start_wandb(config, model.config) if master and config.wandb_log else None
@@ -499,13 +502,10 @@ def restore(checkpoint, optimizer, scaler, processes):
                         'start from scratch, or from another checkpoint') from None
 
 
-def open_metrics(path, iter_num, at_end):
-    """Make the folder of metrics.jsonl, keep other runs out of it until at_end, and return the rows before iter_num: none for
-    a new run."""
+def open_metrics(path, iter_num):
+    """Make the folder of metrics.jsonl and return its rows before iter_num: none for a new run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if at_end:
-            at_end.enter_context(locked(path.parent))
         path.touch()
         lines = path.read_bytes().splitlines() if iter_num else []
     except OSError as e:
