@@ -55,15 +55,25 @@ def readme_command():
     return lines[0].split(' train_mla.py ')[0].replace('--nproc_per_node=8', '--nproc_per_node=1')
 
 
-def test_a_worker_is_lost_on_one_node_and_the_run_ends_as_if_it_had_not_been(nodes, tiny_args, tmp_path):
+@pytest.mark.parametrize('lost', ['worker', 'node'])
+def test_one_is_lost_and_the_run_ends_as_if_it_had_not_been(lost, nodes, tiny_args, tmp_path):
+    """A worker comes back by itself; on a node that died, torchrun and all, the same line is started again."""
     args = [*tiny_args, '--max_iters=300', '--eval_interval=20', '--init_from=auto']
     command = readme_command().replace('torchrun', f'{sys.executable} -m torch.distributed.run', 1)
-    processes = [subprocess.Popen(['ip', 'netns', 'exec', node, 'unshare', '--uts', 'sh', '-c',
-                                   f'hostname {node}; exec env {command} train_mla.py "$@"', 'sh', *args],
-                                  cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for node in nodes]
+
+    def start(node):
+        return subprocess.Popen(['ip', 'netns', 'exec', node, 'unshare', '--uts', 'sh', '-c',
+                                 f'hostname {node}; exec env {command} train_mla.py "$@"', 'sh', *args],
+                                cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    processes = [start(node) for node in nodes]
     try:
         wait_for((tmp_path / 'out' / 'ckpt_mla.pt').exists, 120)
-        os.kill(workers_of(processes[1].pid)[0], signal.SIGKILL)
+        dead = workers_of(processes[1].pid)
+        for pid in [processes[1].pid, *dead] if lost == 'node' else dead:
+            os.kill(pid, signal.SIGKILL)
+        if lost == 'node':
+            processes[1].wait(10)
+            processes[1] = start(nodes[1])
         assert [process.wait(180) for process in processes] == [0, 0]
     finally:
         for process in processes:
