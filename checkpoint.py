@@ -58,7 +58,7 @@ def save_checkpoint(path, model, tokenizer, config, iter_num, weights=None, keep
         if keep > 1:
             keep_older(path, keep)
         os.replace(partial, path)
-        sync_folder(path)
+        sync(path.parent)
     except (OSError, RuntimeError) as e:  # torch raises the latter where a disk is full
         partial.unlink(missing_ok=True)
         raise OSError(f'{path} cannot be written: {" ".join(str(e).split())[:120]}') from None
@@ -79,14 +79,14 @@ def keep_older(path, keep):
         os.replace(partial, f'{path}.1')
 
 
-def sync_folder(path):
-    """Have the disk remember a renaming, where the system can."""
+def sync(path):
+    """Have the disk remember what was written to a file, or renamed in a folder, where the system can."""
     with suppress(OSError):
-        folder = os.open(Path(path).parent, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 def run_checkpoints(out_dir, model_type):

@@ -14,7 +14,6 @@ import math
 import os
 import secrets
 import signal
-import socket
 import statistics
 import sys
 import threading
@@ -30,17 +29,13 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (GPT2_NAMES, build_model, checkpoint_path, checkpoint_tokenizer, describe, from_pretrained,
-                        is_hugging_face, last_path, read_newest, run_checkpoints, save_checkpoint)
+                        is_hugging_face, last_path, read_newest, run_checkpoints, save_checkpoint, sync)
 from configurator import UserError, build, check_least, configure, run
 from dataset import SPLITS, check_ids, draw_batch, open_data
 from device import autocast, pick_dtype
+from lock import locked
 from model import GPT
 from parallel import team
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 
 @dataclass
@@ -131,38 +126,6 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-@contextmanager
-def locked(out_dir):
-    """Keep other runs out of out_dir until the end, however this process ends. Raises UserError if there is one in it."""
-    path, patience = Path(out_dir) / '.lock', 30 if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0' else 0
-    with open(path, 'a+') as f:
-        until = time.monotonic() + patience  # torchrun may start anew before the old processes are gone
-        while fcntl:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    f.seek(0)
-                    raise UserError(f'out_dir={out_dir} is in use by another run ({f.read().strip() or "unknown"}): wait for it, '
-                                    'or give another') from None
-                time.sleep(0.5)
-            except OSError:  # a file system without locks
-                break
-        f.truncate(0)
-        f.write(f'process {os.getpid()} on {socket.gethostname()}')
-        f.flush()
-        yield
-
-
-def lock(out_dir, at_end):
-    """Enter locked(out_dir) until at_end. Raises UserError."""
-    try:
-        at_end.enter_context(locked(out_dir))
-    except OSError as e:
-        raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror}): give another') from None
-
-
 def make_model(model_class, config, model_args, data, device):
     """The model to train and, if init_from is 'resume', the checkpoint that it comes from (else None)."""
     if config.init_from == 'scratch':
@@ -228,9 +191,11 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     writes = master and not config.eval_only
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision('high')  # tf32
+    # torchrun may start anew before the old processes are gone
+    lock = locked(config.out_dir, patience=30 if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0' else 0)
     has_folder = os.path.isdir(config.out_dir)
     if writes and has_folder:  # before anything is read there that another run may be writing
-        lock(config.out_dir, at_end)
+        at_end.enter_context(lock)
     processes.any(False)  # all wait for it
     if config.init_from == 'auto':
         config = replace(config, init_from='resume' if run_checkpoints(config.out_dir, model_class.model_type) else 'scratch')
@@ -263,7 +228,7 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     metrics = Path(config.out_dir) / 'metrics.jsonl'
     history = open_metrics(metrics, iter_num) if writes else []
     if writes and not has_folder:
-        lock(config.out_dir, at_end)
+        at_end.enter_context(lock)
     for path, _ in damaged if writes else []:
         path.rename(f'{path}.damaged')  # which must not take the place of an older one that is whole
     wandb = start_wandb(config, model.config) if master and config.wandb_log else None
@@ -350,6 +315,7 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
             if weights:
                 weights['transformer.wte.weight'] = weights['lm_head.weight']  # tied, and written once
             not_saved = ''
+            sync(metrics)  # its rows outlive a power cut as the checkpoint does
             try:
                 save_checkpoint(path, model, data.tokenizer, asdict(config), iter_num, weights, config.keep_checkpoints,
                                 best_val_loss=best_val_loss, optimizer=state, scaler=scaler.state_dict(), processes=world_size,
@@ -362,22 +328,27 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
         saved_iter = iter_num
         return f' | saved {path}'
 
-    def check_finite(what, *values):
+    def check_finite(what, step, *values):
         """Raise UserError if one of values is not finite, before it can spoil a checkpoint."""
         if not all(map(math.isfinite, values)):
-            raise UserError(f"{what} is {' and '.join(map(str, values))} in step {iter_num}, so the run stops and keeps the "
+            raise UserError(f"{what} is {' and '.join(map(str, values))} in step {step}, so the run stops and keeps the "
                             f'checkpoint that it has: try a lower learning_rate than {config.learning_rate}')
 
-    def seconds_per_iter():
-        """Since the clock was last read; asked for right after the device has been waited for."""
-        nonlocal unlogged, t0
+    def settle():
+        """Wait for the steps since the last time, and check their losses. Returns those of the last of them, over all
+        processes, and the seconds that each took."""
+        nonlocal unsettled, t0
+        losses = processes.mean(torch.stack([*unsettled.values()]))  # waits for the device
+        for step, (loss, *_) in zip(unsettled, losses):
+            check_finite('the loss', step, loss)
         now = time.perf_counter()
-        dt, unlogged, t0 = (now - t0) / unlogged, 0, now
-        return dt
+        durations.append((now - t0) / len(unsettled))
+        unsettled, t0 = {}, now
+        return losses[-1], durations[-1]
 
     path = checkpoint_path(config.out_dir, model_class.model_type)
     saved_iter, not_saved, whole_metrics = iter_num, '', False
-    durations, unlogged, t0 = [], 0, time.perf_counter()
+    durations, unsettled, t0 = [], {}, time.perf_counter()  # unsettled: the losses of steps that may be under way
     while True:
         stopped = processes.any(bool(signals))
         if stopped:
@@ -387,11 +358,10 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
             group['lr'] = lr
 
         if iter_num % config.eval_interval == 0 or iter_num >= config.max_iters or config.eval_only:
-            if unlogged:
-                loss_sum.tolist()  # waits for the device
-                durations.append(seconds_per_iter())
+            if unsettled:
+                settle()
             losses = estimate_loss()
-            check_finite('the loss in training and validation', losses['train_loss'], losses['val_loss'])
+            check_finite('the loss in training and validation', iter_num, losses['train_loss'], losses['val_loss'])
             record({'iter': iter_num, **losses, 'lr': lr})
             best, best_before = losses['val_loss'] < best_val_loss, best_val_loss
             best_val_loss = min(losses['val_loss'], best_val_loss)
@@ -411,7 +381,7 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
                 except OSError as e:
                     say(f'warning: loss.png cannot be written ({e.strerror}); training goes on')
             say(f"step {iter_num:6d} | train loss {losses['train_loss']:.4f} | val loss {losses['val_loss']:.4f}{saved}")
-            unlogged, t0 = 0, time.perf_counter()
+            t0 = time.perf_counter()
         if iter_num >= config.max_iters or config.eval_only:
             break
 
@@ -431,13 +401,10 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        unlogged += 1
+        unsettled[iter_num] = loss_sum
 
         if iter_num % config.log_interval == 0:
-            loss, *head_losses = processes.mean(loss_sum)  # waits for the device
-            check_finite('the loss', loss)
-            dt = seconds_per_iter()
-            durations.append(dt)
+            (loss, *head_losses), dt = settle()
             row = {'iter': iter_num, 'loss': loss, **by_head('loss', head_losses), 'lr': lr, 'ms_per_iter': dt * 1e3,
                    'tokens_per_second': tokens_per_iter / dt}
             mfu = model.estimate_mfu(config.gradient_accumulation_steps * config.batch_size / world_size, dt)
@@ -453,7 +420,9 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
 
     progress.close()
     if stopped:
-        check_finite('the largest weight', processes.largest(model.parameters()))
+        if unsettled:
+            settle()
+        check_finite('the largest weight', iter_num, processes.largest(model.parameters()))
         said = save(last_path(path)) if iter_num > saved_iter and not config.eval_only else ''
         say(f'stopped before iteration {iter_num}{said}' + ('; go on with --init_from=resume' if said or resumed_from else ''))
     if wandb:
@@ -475,8 +444,8 @@ def restore(checkpoint, optimizer, scaler, processes):
              for _, line in checkpoint['damaged']]
     before = checkpoint.get('processes', processes.size)
     if before != processes.size:
-        notes.append(f'the checkpoint was written by {before} processes, here are {processes.size}: sums are taken in another '
-                     'order, so that the run goes on as it would have but for rounding')
+        notes.append(f'the number of processes was {before} and is {processes.size} now: sums are taken in another order, so that '
+                     'the run goes on as it would have but for rounding')
     if 'model_type' not in checkpoint:
         notes.append('the checkpoint is another program\'s, nanoGPT\'s for instance, and does not say which data it has '
                      f'seen: the order of the data and the dropout start fresh, as those of iteration {iter_num} here')
@@ -529,6 +498,7 @@ def parse_metrics(line):
 def write_metrics(path, rows):
     partial = path.with_suffix('.partial')
     partial.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    sync(partial)
     os.replace(partial, path)
 
 

@@ -8,6 +8,7 @@ import pickle
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -15,6 +16,7 @@ import types
 import pytest
 import torch
 from conftest import ALL, read_metrics, tiny_model, without_times
+from test_train import ROOT
 
 import checkpoint
 import train as trainer
@@ -321,6 +323,20 @@ def test_an_unwritable_folder(args, tmp_path, program):
     assert code == 2 and err.count('\n') == 1 and 'cannot be written to' in err
 
 
+def test_a_read_only_folder_is_refused_and_left_alone(args, tmp_path):
+    """By a mount, since these tests may be root's, who may write wherever a disk can be written."""
+    out = tmp_path / 'out'
+    assert finish([*args, '--max_iters=4'])[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    mount = f'mount --bind "{out}" "{out}" && mount -o remount,bind,ro "{out}" && exec "$@"'
+    train = [sys.executable, 'train.py', *args]
+    done = subprocess.run(['unshare', '--mount', 'sh', '-c', mount, 'sh', *train], cwd=ROOT, capture_output=True, text=True)
+    if 'mount' in done.stderr or 'unshare' in done.stderr:
+        pytest.skip(f'a read-only mount needs rights that are missing here: {done.stderr.strip()}')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'Read-only file system' in done.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_two_runs_in_one_folder_are_refused(args, tmp_path, program):
     out = tmp_path / 'out'
     process = start(args, before=lambda: slow_steps(0.2))
@@ -360,16 +376,17 @@ def test_truncated_bins_are_named(args, data_dir, program):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(args, tmp_path, program, monkeypatch):
-    assert program(trainer.main, *args, '--max_iters=4')[0] == 0
+    """The step at which it was lost, though the log's next line is later."""
+    assert program(trainer.main, *args, '--max_iters=4', '--eval_interval=4')[0] == 0
     before = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
-    forward = GPT.forward
+    forward, steps = GPT.forward, iter(range(4, 8))
 
     def broken(self, idx, targets=None, cache=None):
         logits, loss = forward(self, idx, targets, cache)
-        return logits, loss * float('nan') if self.training and loss is not None else loss
+        return logits, loss * float('nan') if self.training and next(steps) == 6 else loss
     monkeypatch.setattr(GPT, 'forward', broken)
-    code, _, err = program(trainer.main, *args)
-    assert code == 2 and err.count('\n') == 1 and 'the loss is nan in step 4' in err
+    code, _, err = program(trainer.main, *args, '--eval_interval=4', '--log_interval=100', '--gradient_accumulation_steps=1')
+    assert code == 2 and err.count('\n') == 1 and 'the loss is nan in step 6' in err
     assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from conftest import CHARS, tiny_model
+from test_openwebtext import in_this_process
 from test_train import ROOT
 
 import convert_mla
@@ -18,6 +19,7 @@ import visualize_residual_space_gpt2 as visualize
 from analysis import ablation, induction_heads
 from analysis.program import main as analysis_main
 from checkpoint import save_checkpoint
+from data.openwebtext import prepare
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
@@ -62,6 +64,9 @@ def programs(tiny_args, tmp_path, data_dir, monkeypatch):
     (tmp_path / 'dir.py').mkdir()
     for name, model_class in (('ckpt.pt', GPT), ('ckpt_mla.pt', GPT_MLA)):
         save_checkpoint(tmp_path / name, tiny_model(model_class), CHARS, {'dataset': str(data_dir)}, 0)
+    source = tmp_path / 'source.jsonl'
+    source.write_text('{"text": "one"}\n{"text": "two", "x": "three"}\n')
+    in_this_process(monkeypatch)
     short = ['--eval_only=True', '--eval_iters=1']
     model = f'--model={tmp_path / "ckpt_mla.pt"}'
     out = f'--out_dir={tmp_path / "analysis"}'
@@ -70,6 +75,7 @@ def programs(tiny_args, tmp_path, data_dir, monkeypatch):
     return trainers * 2 + [
         (sample.main, [f'--out_dir={tmp_path / "ckpt.pt"}'], (sample.SampleConfig,), ['--num_samples=1', '--max_new_tokens=2']),
         (evaluate.main, [model], (evaluate.EvaluateConfig,), ['--max_tokens=40']),
+        (prepare.main, [f'--out_dir={tmp_path / "prepared"}', '--workers=1'], (prepare.PrepareConfig,), [f'--source={source}']),
         (convert_mla.main, [str(tmp_path / 'ckpt.pt'), f'--out_dir={tmp_path / "converted"}'], (convert_mla.ConvertConfig,),
          ['--calibration_tokens=16', '--val_tokens=16']),
         (visualize.main, [model, out], (visualize.ResidualConfig,), ['--animation=False']),

@@ -21,6 +21,7 @@ import pytest
 from configurator import UserError
 from data.openwebtext import prepare
 from data.tokenizer import gpt2_encoding
+from lock import locked
 
 PROGRAM = Path(prepare.__file__)
 SPLITS = ('train', 'val')
@@ -85,7 +86,7 @@ def test_bins_are_those_of_nanogpt(kind, workers, documents, expected, tmp_path,
     assert (code, err) == (0, '') and 'documents  2,100' in out
     assert f'{len(expected[0]) // 2:,} in train.bin, {len(expected[1]) // 2:,} in val.bin' in out
     assert bins(tmp_path / 'out') == expected
-    assert sorted(os.listdir(tmp_path / 'out')) == ['train.bin', 'val.bin']
+    assert sorted(os.listdir(tmp_path / 'out')) == ['.lock', 'train.bin', 'val.bin']
 
 
 def test_dataset_of_the_hub(documents, expected, tmp_path, program, monkeypatch):
@@ -234,12 +235,20 @@ def test_a_real_worker_hands_its_mistake_on(tmp_path, program):
     assert code == 2 and 'a.txt is not UTF-8' in err and err.count('\n') == 1
 
 
+def test_two_runs_in_one_folder_are_refused(tmp_path, program):
+    source = write_source(tmp_path / 'source', 'jsonl', make_documents(4))
+    with locked(tmp_path):
+        code, _, err = program(prepare.main, f'--source={source}', f'--out_dir={tmp_path}')
+    assert code == 2 and err.count('\n') == 1 and 'is in use by another run' in err
+    assert not (tmp_path / 'train.bin').exists() and not (tmp_path / 'parts').exists()
+
+
 def test_disk_space_is_checked_first(tmp_path, program, monkeypatch):
     (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n' * 1000)
     monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: SimpleNamespace(free=20_000))
     code, _, err = program(prepare.main, f'--source={tmp_path}/a.jsonl', f'--out_dir={tmp_path}')
     assert code == 2 and 'has 2e-05 GB free, and about 2.8e-05 GB more are needed' in err and err.count('\n') == 1
-    assert os.listdir(tmp_path) == ['a.jsonl']
+    assert sorted(os.listdir(tmp_path)) == ['.lock', 'a.jsonl']
     (tmp_path / 'parts').mkdir()
     (tmp_path / 'parts' / 'x').write_bytes(b'1' * 9000)  # what an unfinished run has written counts
     prepare.check_space(tmp_path, 28_000)

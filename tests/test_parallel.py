@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from checkpoint import load_model
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
+from parallel import Team
+from train import TrainConfig
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 ENV = os.environ | {'OMP_NUM_THREADS': '1'}
@@ -48,8 +51,31 @@ def test_two_processes_resume_bit_for_bit_and_one_goes_on_with_a_note(model_clas
     torchrun(half, script=script)
     assert_same_end(end_state(tmp_path / 'half', name), end_state(tmp_path / 'whole', name))
     code, out, err = program(lambda: trainer.main(model_class), *args, f'--out_dir={tmp_path / "one"}')
-    assert code == 0 and 'note: the checkpoint was written by 2 processes, here are 1' in out, err
+    assert code == 0 and 'note: the number of processes was 2 and is 1 now' in out, err
     assert losses(tmp_path / 'one') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-5)
+
+
+def test_one_process_goes_on_as_two_with_a_note(args, tmp_path, program):
+    torchrun([*args, '--dropout=0.1', f'--out_dir={tmp_path / "whole"}'])
+    assert program(trainer.main, *args, '--dropout=0.1', '--max_iters=4')[0] == 0
+    assert 'note: the number of processes was 1 and is 2 now' in torchrun([*args, '--dropout=0.1'])
+    assert losses(tmp_path / 'out') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-5)
+
+
+def test_every_process_evaluates_its_share(data_dir, tmp_path, monkeypatch):
+    class OneOfTwo(Team):
+        """Without the other."""
+        mean = staticmethod(torch.Tensor.tolist)
+        wrap = any = highest = staticmethod(lambda value: value)
+    draw, seen = trainer.draw_batch, []
+    monkeypatch.setattr(trainer, 'draw_batch', lambda *args: (seen.append(args[3:]), draw(*args))[1])
+    config = TrainConfig(dataset=str(data_dir), out_dir=str(tmp_path / 'out'), eval_iters=5, eval_only=True, batch_size=2,
+                         gradient_accumulation_steps=2, device='cpu')
+    for rank, share in ((0, [0, 2, 4]), (1, [1, 3])):
+        trainer.training_loop(GPT, config, dict(n_layer=1, n_head=2, n_embd=8, block_size=16),
+                              OneOfTwo(rank, 2, torch.device('cpu'), 'cpu', sharded=False), [], ExitStack())
+        assert seen == [((config.seed, 1, split), number) for split in (0, 1) for number in share]
+        seen.clear()
 
 
 @pytest.mark.parametrize('model_class, script, options', [(GPT_MLA, 'train_mla.py', []),
@@ -64,7 +90,7 @@ def test_sharded_it_is_the_same_run_and_its_checkpoints_need_no_shards(model_cla
     for (name, p), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(p, other, atol=1e-4), name
     code, out, err = program(lambda: trainer.main(model_class), *two, '--max_iters=10')  # on, in one process without shards
-    assert code == 0 and 'note: the checkpoint was written by 2 processes' in out, err
+    assert code == 0 and 'note: the number of processes was 2 and is 1 now' in out, err
 
 
 def test_a_killed_worker_comes_back_and_the_run_ends_as_if_it_had_not_died(args, tmp_path):

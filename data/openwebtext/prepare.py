@@ -41,6 +41,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import UserError, check_least, configure, run
 from data.tokenizer import gpt2_encoding
+from lock import locked
 
 VAL_SHARE, SEED = 0.0005, 2357  # nanoGPT's split
 MOST_SHUFFLED = 100_000_000  # whose order takes 0.8 GB of memory
@@ -79,7 +80,9 @@ class PrepareConfig:
 def main():
     config, _ = configure(sys.argv[1:], PrepareConfig, out_dir=str(HERE))
     try:
-        prepare(config)
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        with locked(config.out_dir):
+            prepare(config)
     except BrokenProcessPool:
         raise UserError('a worker was ended from outside, perhaps for want of memory: start again, perhaps with fewer '
                         '--workers, which goes on from here') from None
@@ -93,7 +96,6 @@ def prepare(config):
     out_dir, work = Path(config.out_dir), Path(config.out_dir) / 'parts'
     # twelve stay under 2 GB together
     workers = config.workers or min(12, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
-    out_dir.mkdir(parents=True, exist_ok=True)
     if config.source:
         identity = files = find_files(config.source)
         text_bytes = sum(n_bytes * (EXPANSION if path.endswith(('.gz', '.parquet')) else 1) for path, n_bytes, _ in files)
@@ -112,6 +114,8 @@ def prepare(config):
                 for path in tqdm(parts[split], desc=f'{split}.bin', leave=False, disable=not sys.stderr.isatty()):
                     with open(path, 'rb') as part:
                         shutil.copyfileobj(part, out, 1 << 20)
+                out.flush()
+                os.fsync(out.fileno())  # before the parts are removed
         for split in parts:
             os.replace(out_dir / f'{split}.bin.partial', out_dir / f'{split}.bin')
     close_work(work)

@@ -1,0 +1,42 @@
+"""One program at a time in a folder. The system takes the lock back however the program ends."""
+
+import os
+import socket
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from configurator import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+
+@contextmanager
+def locked(out_dir, patience=0):
+    """Keep others out of out_dir meanwhile. Raises UserError if one is in it and stays there for patience seconds, or if it
+    cannot be written to."""
+    try:
+        f = open(Path(out_dir) / '.lock', 'a+')
+    except OSError as e:
+        raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror}): give another') from None
+    with f:
+        until = time.monotonic() + patience
+        while fcntl:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    f.seek(0)
+                    raise UserError(f'out_dir={out_dir} is in use by another run ({f.read().strip() or "unknown"}): wait for it, '
+                                    'or give another') from None
+                time.sleep(0.5)
+            except OSError:  # a file system without locks
+                break
+        f.truncate(0)
+        f.write(f'process {os.getpid()} on {socket.gethostname()}')
+        f.flush()
+        yield
