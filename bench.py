@@ -413,7 +413,9 @@ def prepare(argv):
         elif not os.path.isfile(source):
             raise UserError(f'source={source} is no file: give a .jsonl file')
         rates = {'ours': [], **({'nanoGPT': []} if config.against else {})}
-        for number, name in itertools.product(range(config.rounds), rates):
+        rounds = tqdm([*itertools.product(range(config.rounds), rates)], leave=False, disable=not sys.stderr.isatty())
+        for number, name in rounds:
+            rounds.set_description(name)
             out_dir = Path(folder, f'{name}{number}')
             out_dir.mkdir()
             command = {'ours': [root / 'data' / 'openwebtext' / 'prepare.py', f'--source={source}', f'--out_dir={out_dir}',
@@ -427,7 +429,7 @@ def prepare(argv):
                 raise UserError(f"{name}'s prepare.py failed: {done.stderr.strip().splitlines()[-1][:300]}")
             tokens = sum((out_dir / f'{split}.bin').stat().st_size // 2 for split in ('train', 'val'))
             rates[name].append(tokens / seconds)
-            print(f'{name:>8}{seconds:>8.1f} s{tokens:>14,} tokens{tokens / seconds:>14,.0f} tokens/s', flush=True)
+            rounds.write(f'{name:>8}{seconds:>8.1f} s{tokens:>14,} tokens{tokens / seconds:>14,.0f} tokens/s')
         if config.against:
             same = all(Path(folder, 'ours0', bin).read_bytes() == Path(folder, 'nanoGPT0', bin).read_bytes()
                        for bin in ('train.bin', 'val.bin'))

@@ -1,11 +1,12 @@
 """
-Checkpoints: nanoGPT's dictionary plus model_type and tokenizer, so that a nanoGPT ckpt.pt loads here and a GPT's loads
+Checkpoints: nanoGPT's dictionary plus model_type, tokenizer and metrics, so that a nanoGPT ckpt.pt loads here and a GPT's loads
 in nanoGPT. Only plain data and tensors are ever loaded (weights_only), never code.
 
 No random generator's state is stored: train.py seeds torch anew for every micro-batch from (seed, its number).
 """
 
 import os
+import pickle
 import re
 import shutil
 import zipfile
@@ -24,6 +25,10 @@ from model_mla import GPT_MLA
 
 MODELS = {cls.model_type: cls for cls in (GPT, GPT_MLA, GPT_KAhead)}
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+
+
+class DamagedError(UserError):
+    """A file that is no checkpoint, or no longer one."""
 
 
 def checkpoint_path(out_dir, model_type):
@@ -61,7 +66,7 @@ def save_checkpoint(path, model, tokenizer, config, iter_num, weights=None, keep
         sync(path.parent)
     except (OSError, RuntimeError) as e:  # torch raises the latter where a disk is full
         partial.unlink(missing_ok=True)
-        raise OSError(f'{path} cannot be written: {" ".join(str(e).split())[:120]}') from None
+        raise OSError(f'{path} cannot be written ({getattr(e, "strerror", None) or "there may be no room for it"})') from None
 
 
 def keep_older(path, keep):
@@ -100,45 +105,47 @@ def run_checkpoints(out_dir, model_type):
 
 
 def read_newest(out_dir, model_type, device='cpu'):
-    """The newest whole checkpoint of the run that wrote to out_dir last, whatever older runs have left there: its path, the
-    dictionary in it, and for each damaged file its path and a line on it. Raises UserError if there is none."""
+    """The newest whole checkpoint of a run: its path, the dictionary in it, and for each damaged file its path and a line on it.
+    Raises UserError if there is none."""
     found, damaged = [], []
     for path in run_checkpoints(out_dir, model_type):
         try:
-            checkpoint = read_checkpoint(path, mmap=True)
-            iter_num = checkpoint.get('iter_num', 0)
-            found.append((iter_num if type(iter_num) is int else -1, path, checkpoint.get('run')))
-        except UserError as e:
+            iter_num = read_checkpoint(path, mmap=True).get('iter_num', 0)
+            found.append((iter_num if type(iter_num) is int else -1, path))
+        except DamagedError as e:
             damaged.append((path, str(e)))
-    last_run = max(found, key=lambda entry: entry[1].stat().st_mtime_ns)[2] if found else None
-    for _, path, run in sorted(found, key=lambda entry: -entry[0]):
-        if run == last_run:
-            try:
-                check_whole(path)
-                return path, read_checkpoint(path, device), damaged
-            except UserError as e:
-                damaged.append((path, str(e)))
+    for _, path in sorted(found, key=lambda entry: -entry[0]):
+        try:
+            check_whole(path)
+            return path, read_checkpoint(path, device), damaged
+        except DamagedError as e:
+            damaged.append((path, str(e)))
     if damaged:
-        raise UserError(damaged[0][1])
+        others = ', '.join(path.name for path, _ in damaged[1:])
+        raise UserError(damaged[0][1] + (f' (so {"is" if len(damaged) == 2 else "are"} {others})' if others else ''))
     return (path := checkpoint_path(out_dir, model_type)), read_checkpoint(path), []  # which says that there is none
 
 
 def check_whole(path):
-    """Raise UserError if a checkpoint's contents do not have the checksums that they were written with."""
+    """Raise DamagedError if a checkpoint's contents do not have the checksums that they were written with."""
     try:
         with zipfile.ZipFile(path) as f:
             part = f.testzip()
     except Exception as e:  # a damaged file can raise nearly anything
         part = f'{type(e).__name__}: {e}'
     if part is not None:
-        raise UserError(f'checkpoint {path} is damaged ({part}): another one is needed')
+        raise DamagedError(f'checkpoint {path} is damaged ({part}): take another, or train anew')
 
 
 def read_checkpoint(path, device='cpu', mmap=False):
     """The dictionary in the file at path, its tensors on device. With mmap they stay in the file until they are used.
-    Raises UserError if there is none, or none to trust."""
+    Raises UserError if there is none, DamagedError if there is none to trust."""
     if not os.path.isfile(path):
-        raise UserError(f'there is no checkpoint {str(path)[:300]}: train one first, or give another out_dir')
+        raise UserError(f'there is no checkpoint {str(path)[:300]}: train one first, or name another')
+    try:
+        open(path, 'rb').close()
+    except OSError as e:  # which says nothing about what is in it
+        raise UserError(f'checkpoint {path} cannot be read ({e.strerror}): mend that, or name another') from None
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
@@ -150,12 +157,15 @@ def read_checkpoint(path, device='cpu', mmap=False):
         tokenizer = checkpoint.get('tokenizer', 'gpt2')
         if tokenizer != 'gpt2' and not (isinstance(tokenizer, list) and all(isinstance(c, str) for c in tokenizer)):
             raise ValueError("its tokenizer is neither 'gpt2' nor a list of characters")
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as e:  # a damaged file can raise nearly anything
-        reason = str(e).strip().split('\n')[0][:120]
-        raise UserError(f'checkpoint {path} cannot be read, it is damaged or none of this project\'s: '
-                        f'{type(e).__name__}: {reason}') from None
+        if "can't allocate memory" in str(e):
+            raise
+        reason = (str(e) if type(e) is ValueError else 'it holds more than numbers and text, or other bytes than were written'
+                  if isinstance(e, pickle.UnpicklingError) else 'it is cut off, or another kind of file')
+        raise DamagedError(f'checkpoint {path} is damaged or none of this project\'s ({reason}): take another, or train anew'
+                           ) from None
     return checkpoint
 
 
@@ -215,8 +225,10 @@ def find_checkpoint(source, model_type=None):
         return path
     found = [p for name in MODELS for p in run_checkpoints(path, name)[:1]]
     wanted = checkpoint_path(path, model_type or 'gpt')
-    if len(found) > 1 and wanted not in found:
+    if len(found) > 1 and (model_type is None or wanted not in found):
         raise UserError(f"{path} has several checkpoints: give one of {', '.join(map(str, found))}")
+    if not found:
+        raise UserError(f'there is no checkpoint in {str(path)[:300]}: train one first, or name another')
     return found[0] if len(found) == 1 else wanted
 
 
@@ -242,6 +254,7 @@ def load_model(source, device='cpu', model_type=None, dtype=torch.float32):
     else:
         path = find_checkpoint(source, model_type)
         checkpoint = read_checkpoint(path, mmap=True)
+        check_whole(path)
         model, tokenizer = build_model(checkpoint, path), checkpoint_tokenizer(checkpoint, path)
     return model.to(device, dtype).eval(), tokenizer
 

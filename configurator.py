@@ -10,6 +10,7 @@ those of dataclasses; --help prints them.
 
 import builtins
 import difflib
+import errno
 import inspect
 import math
 import os
@@ -47,6 +48,11 @@ def run(main):
     except BrokenPipeError:  # the reader, for instance head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR):
+            raise
+        print(f'error: {e.filename or "a file"} cannot be read or written ({e.strerror}): mend that and start again', file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -129,8 +129,11 @@ def text_scores(model, tokens, tokenizer, dtype, batch_size):
     """Loss, perplexity and bits per byte of a text, each with its interval. Raises UserError where they are no numbers."""
     sums = window_losses(model, tokens, dtype, batch_size)
     ends = [*range(0, len(tokens) - 1, model.config.block_size), len(tokens) - 1]
-    bytes_of = np.array([len(tokenizer.to_bytes([i])) for i in range(int(tokens.max()) + 1)])
+    texts = [tokenizer.to_bytes([i]) for i in range(int(tokens.max()) + 1)]
+    bytes_of = np.array([0 if text == b'<|endoftext|>' else len(text) for text in texts])  # which stands for no text
     n_bytes = np.array([bytes_of[tokens[i + 1:end + 1]].sum() for i, end in zip(ends, ends[1:])])
+    if not n_bytes.any():
+        raise UserError('the tokens to predict are ends of documents alone: give a longer text')
     loss, interval = ratio(sums, np.diff(ends))
     if not max((loss, *(interval or ()))) < 700:  # nan, or more than the exponential can take
         raise UserError(f'the loss is {loss:g}: the weights are damaged, or too large for {dtype}')

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configurator import UserError
@@ -16,9 +16,10 @@ except ImportError:  # Windows has no such locks
 
 @contextmanager
 def locked(out_dir, patience=0):
-    """Keep others out of out_dir meanwhile. Raises UserError if one is in it and stays there for patience seconds, or if it
-    cannot be written to."""
+    """Make the folder out_dir, and keep others out of it meanwhile. Raises UserError if one is in it and stays there for patience
+    seconds, or if it cannot be written to."""
     try:
+        os.makedirs(out_dir, exist_ok=True)
         f = open(Path(out_dir) / '.lock', 'a+')
     except OSError as e:
         raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror}): give another') from None
@@ -36,7 +37,7 @@ def locked(out_dir, patience=0):
                 time.sleep(0.5)
             except OSError:  # a file system without locks
                 break
-        f.truncate(0)
-        f.write(f'process {os.getpid()} on {socket.gethostname()}')
-        f.flush()
+        with suppress(OSError):  # on a full disk nobody learns whose it is
+            f.truncate(0)
+            os.write(f.fileno(), f'process {os.getpid()} on {socket.gethostname()}'.encode())
         yield

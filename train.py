@@ -12,7 +12,6 @@ data and its dropout. So two processes see what one would, and a resumed run goe
 import json
 import math
 import os
-import secrets
 import signal
 import statistics
 import sys
@@ -29,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (GPT2_NAMES, build_model, checkpoint_path, checkpoint_tokenizer, describe, from_pretrained,
-                        is_hugging_face, last_path, read_newest, run_checkpoints, save_checkpoint, sync)
+                        is_hugging_face, last_path, read_newest, run_checkpoints, save_checkpoint)
 from configurator import UserError, build, check_least, configure, run
 from dataset import SPLITS, check_ids, draw_batch, open_data
 from device import autocast, pick_dtype
@@ -201,6 +200,10 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
         config = replace(config, init_from='resume' if run_checkpoints(config.out_dir, model_class.model_type) else 'scratch')
     data = open_data(config.dataset)
     model, checkpoint = make_model(model_class, config, model_args, data, 'cpu' if processes.sharded else device)
+    iter_num = checkpoint.get('iter_num', 0) if checkpoint else 0
+    if processes.any(processes.highest(iter_num) != iter_num):
+        raise UserError(f'out_dir={config.out_dir} does not hold the same checkpoint for all processes: it must be a folder that '
+                        'all nodes see')
     block_size = model.config.block_size
     data.check(block_size, model.config.vocab_size)
     model = processes.place(model)
@@ -211,14 +214,14 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
                                            device_type)
-    iter_num, best_val_loss, notes, resumed_from, damaged, run_id = 0, math.inf, [], None, [], secrets.token_hex(8)
+    path = checkpoint_path(config.out_dir, model_class.model_type)
+    best_val_loss, history, notes, resumed_from, damaged = math.inf, [], [], None, []
     if checkpoint:
-        iter_num, best_val_loss, notes = restore(checkpoint, optimizer, scaler, processes)
-        resumed_from, damaged, run_id = checkpoint['resumed_from'], checkpoint['damaged'], checkpoint.get('run', run_id)
+        best_val_loss, history, notes = restore(checkpoint, optimizer, scaler, config, processes)
+        resumed_from, damaged = checkpoint['resumed_from'], checkpoint['damaged']
         checkpoint = None  # its memory is wanted for training
-    if processes.any(processes.highest(iter_num) != iter_num):
-        raise UserError(f'out_dir={config.out_dir} does not hold the same checkpoint for all processes: it must be a folder that '
-                        'all nodes see')
+        if resumed_from.name.startswith(last_path(path).name) and path in [p for p, _ in damaged]:
+            best_val_loss = math.inf  # the best is lost
     compiled = device_type == 'cuda' if config.compile == 'auto' else config.compile
     net = torch.compile(model) if compiled else model
     net = processes.wrap(net)
@@ -226,11 +229,12 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     micro_steps = config.gradient_accumulation_steps // world_size  # of this process
     tokens_per_iter = config.gradient_accumulation_steps * config.batch_size * block_size
     metrics = Path(config.out_dir) / 'metrics.jsonl'
-    history = open_metrics(metrics, iter_num) if writes else []
     if writes and not has_folder:
         at_end.enter_context(lock)
-    for path, _ in damaged if writes else []:
-        path.rename(f'{path}.damaged')  # which must not take the place of an older one that is whole
+        if run_checkpoints(config.out_dir, model_class.model_type):
+            raise UserError(f'out_dir={config.out_dir} has been taken by another run meanwhile: give another')
+    for bad, _ in damaged if writes else []:
+        bad.rename(f'{bad}.damaged')  # which must not take the place of an older one that is whole
     wandb = start_wandb(config, model.config) if master and config.wandb_log else None
     progress = tqdm(initial=iter_num, total=config.max_iters, unit='iter', dynamic_ncols=True,
                     disable=not (master and sys.stderr.isatty() and not config.eval_only))
@@ -272,10 +276,13 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
         losses = {}
         for split in SPLITS:
             total = torch.zeros(2, n_heads, device=device)  # of losses times shares, and of shares
-            for k in range(rank, config.eval_iters, world_size):
+            # as many batches in each process, since with fsdp they take every one together; what is too many is not counted
+            for k in range(rank, config.eval_iters + -config.eval_iters % world_size, world_size):
+                progress.set_postfix_str(f'{split} loss, batch {k + 1} of {config.eval_iters}')
                 with autocast(device_type, dtype):
                     batch_losses, shares = model.losses(*batch(split, 1, k))
-                total += torch.stack((batch_losses * shares, shares))
+                if k < config.eval_iters:
+                    total += torch.stack((batch_losses * shares, shares))
             mean = [a / b if b else 0.0 for a, b in zip(*processes.mean(total))]
             losses |= {f'{split}_loss': mean[0]} | by_head(f'{split}_loss', mean)
         model.train()
@@ -289,8 +296,8 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
             try:
                 if whole_metrics:
                     with open(metrics, 'a') as f:
-                        f.write(json.dumps(row) + '\n')
-                else:  # the first row, before which a new run leaves the file as it was
+                        f.write(to_lines([row]))
+                else:  # the first row, before which all stays as it was
                     write_metrics(metrics, history)
                     whole_metrics = True
             except OSError as e:
@@ -315,11 +322,10 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
             if weights:
                 weights['transformer.wte.weight'] = weights['lm_head.weight']  # tied, and written once
             not_saved = ''
-            sync(metrics)  # its rows outlive a power cut as the checkpoint does
             try:
                 save_checkpoint(path, model, data.tokenizer, asdict(config), iter_num, weights, config.keep_checkpoints,
                                 best_val_loss=best_val_loss, optimizer=state, scaler=scaler.state_dict(), processes=world_size,
-                                run=run_id)
+                                metrics=to_lines(history))
             except OSError as e:
                 not_saved = str(e)
                 say(f'warning: {e}; training goes on')
@@ -331,8 +337,8 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     def check_finite(what, step, *values):
         """Raise UserError if one of values is not finite, before it can spoil a checkpoint."""
         if not all(map(math.isfinite, values)):
-            raise UserError(f"{what} is {' and '.join(map(str, values))} in step {step}, so the run stops and keeps the "
-                            f'checkpoint that it has: try a lower learning_rate than {config.learning_rate}')
+            raise UserError(f"{what} is {' and '.join(map(str, values))} in step {step}, so the run stops, and what "
+                            f'it has saved stays: try a lower learning_rate than {config.learning_rate}')
 
     def settle():
         """Wait for the steps since the last time, and check their losses. Returns those of the last of them, over all
@@ -346,7 +352,6 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
         unsettled, t0 = {}, now
         return losses[-1], durations[-1]
 
-    path = checkpoint_path(config.out_dir, model_class.model_type)
     saved_iter, not_saved, whole_metrics = iter_num, '', False
     durations, unsettled, t0 = [], {}, time.perf_counter()  # unsettled: the losses of steps that may be under way
     while True:
@@ -362,6 +367,9 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
                 settle()
             losses = estimate_loss()
             check_finite('the loss in training and validation', iter_num, losses['train_loss'], losses['val_loss'])
+            if iter_num == 0 and writes and not resumed_from:  # a new run, which has gone well so far
+                for note in set_aside(config.out_dir, model_class.model_type):
+                    say(f'note: {note}')
             record({'iter': iter_num, **losses, 'lr': lr})
             best, best_before = losses['val_loss'] < best_val_loss, best_val_loss
             best_val_loss = min(losses['val_loss'], best_val_loss)
@@ -430,15 +438,16 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
         finish.start()
         finish.join(60)  # without a network it would wait for ever
     if not_saved:
-        raise UserError(f'the run is at iteration {iter_num} and its newest checkpoint at {saved_iter}, since {not_saved}: make '
-                        'room and resume')
+        newest = f'its newest checkpoint at {saved_iter}' if saved_iter else 'nothing of it is saved'
+        raise UserError(f'the run is at iteration {iter_num} and {newest}, since {not_saved}: make room and start it again, with '
+                        '--init_from=auto')
     seconds = statistics.median(durations[1:] or durations or [math.nan])  # the first holds the warm-up
     return Result(model, data.tokenizer, device, history, seconds * 1e3, tokens_per_iter / seconds, stopped)
 
 
-def restore(checkpoint, optimizer, scaler, processes):
-    """Optimizer and scaler as they were. Returns the iteration, the best val loss, and a line for each thing that the
-    checkpoint lacks and that starts fresh."""
+def restore(checkpoint, optimizer, scaler, config, processes):
+    """Optimizer and scaler as they were. Returns the best val loss, the rows of metrics before the checkpoint's iteration, and a
+    line for each thing that is not as it was."""
     iter_num, best_val_loss = checkpoint.get('iter_num', 0), checkpoint.get('best_val_loss', math.inf)
     notes = [f'{line}; resuming from {checkpoint["resumed_from"].name}, at iteration {iter_num}'
              for _, line in checkpoint['damaged']]
@@ -446,6 +455,10 @@ def restore(checkpoint, optimizer, scaler, processes):
     if before != processes.size:
         notes.append(f'the number of processes was {before} and is {processes.size} now: sums are taken in another order, so that '
                      'the run goes on as it would have but for rounding')
+    for key in ('dataset', 'seed', 'batch_size', 'gradient_accumulation_steps'):
+        was, now = (checkpoint.get('config') or {}).get(key), getattr(config, key)
+        if was not in (None, now):
+            notes.append(f'{key} was {was} and is {now} now: the batches are others than the run would have seen')
     if 'model_type' not in checkpoint:
         notes.append('the checkpoint is another program\'s, nanoGPT\'s for instance, and does not say which data it has '
                      f'seen: the order of the data and the dropout start fresh, as those of iteration {iter_num} here')
@@ -453,8 +466,9 @@ def restore(checkpoint, optimizer, scaler, processes):
         notes.append(f'the checkpoint has no optimizer state: it starts fresh, at iteration {iter_num}')
     try:
         best_val_loss = float(best_val_loss)
+        history = [row for row in map(json.loads, checkpoint.get('metrics', '').splitlines()) if row['iter'] < iter_num]
         if not checkpoint.get('optimizer'):
-            return iter_num, best_val_loss, notes
+            return best_val_loss, history, notes
         asked_for = [(group['betas'], group['weight_decay']) for group in optimizer.param_groups]
         processes.load_optimizer(optimizer, checkpoint['optimizer'])
         for group, (betas, weight_decay) in zip(optimizer.param_groups, asked_for):
@@ -465,41 +479,45 @@ def restore(checkpoint, optimizer, scaler, processes):
                     raise ValueError(f'it has other shapes than {tuple(p.shape)} for a weight of that shape')
         if scaler.is_enabled() and checkpoint.get('scaler'):
             scaler.load_state_dict(checkpoint['scaler'])
-        return iter_num, best_val_loss, notes
+        return best_val_loss, history, notes
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f'the optimizer or the best_val_loss in the checkpoint cannot be used ({type(e).__name__}: {e}): '
+        raise UserError(f'the optimizer, metrics or best_val_loss in the checkpoint cannot be used ({type(e).__name__}: {e}): '
                         'start from scratch, or from another checkpoint') from None
 
 
-def open_metrics(path, iter_num):
-    """Make the folder of metrics.jsonl and return its rows before iter_num: none for a new run."""
+def set_aside(out_dir, model_type):
+    """Move what an earlier run with this kind of model left in out_dir to out_dir/before, in place of what lies there. Returns
+    lines to say. Raises UserError where it cannot be moved."""
+    out_dir, before = Path(out_dir), Path(out_dir) / 'before'
+    earlier = run_checkpoints(out_dir, model_type)
+    if not earlier:
+        return []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        lines = path.read_bytes().splitlines() if iter_num else []
+        before.mkdir(exist_ok=True)
+        for path in run_checkpoints(before, model_type):
+            path.unlink()
+        for path in [*earlier, out_dir / 'metrics.jsonl', out_dir / 'loss.png']:
+            if path.exists():
+                os.replace(path, before / path.name)
     except OSError as e:
-        raise UserError(f'out_dir={path.parent} cannot be written to ({e.strerror}): give another') from None
-    rows = [row for row in map(parse_metrics, lines) if row is not None]
-    if len(rows) < len(lines):
-        print(f'warning: {path} has {len(lines) - len(rows)} damaged lines, which are left out', file=sys.stderr)
-    return [row for row in rows if row['iter'] < iter_num]
+        raise UserError(f'out_dir={out_dir} holds an earlier run, which cannot be moved to {before} ({e.strerror}): give another'
+                        ) from None
+    return [f'what an earlier run left here is in {before} now']
 
 
-def parse_metrics(line):
-    """A line of metrics.jsonl as a dictionary; None if it is damaged, as the last one is if the machine died in it."""
-    try:
-        row = json.loads(line)
-        good = all(type(value) in (int, float) for value in row.values()) and type(row['iter']) is int
-        return row if good and ('loss' in row or {'train_loss', 'val_loss'} <= row.keys()) else None
-    except (ValueError, KeyError, AttributeError):
-        return None
+def to_lines(rows):
+    """The text of a metrics.jsonl; of which the run's own is in its checkpoint too, so that they cannot part."""
+    return ''.join(json.dumps(row) + '\n' for row in rows)
 
 
 def write_metrics(path, rows):
     partial = path.with_suffix('.partial')
-    partial.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    sync(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_text(to_lines(rows))
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def start_wandb(config, model_config):

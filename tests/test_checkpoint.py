@@ -102,7 +102,9 @@ def test_a_folder_with_both_gives_the_one_asked_for(tmp_path):
     for model_class, name in ((GPT, 'ckpt.pt'), (GPT_MLA, 'ckpt_mla.pt')):
         save(tmp_path / name, tiny_model(model_class))
     assert type(ckpt.load_model(tmp_path, model_type='mla')[0]) is GPT_MLA
-    assert type(ckpt.load_model(tmp_path)[0]) is GPT
+    assert type(ckpt.load_model(tmp_path, model_type='gpt')[0]) is GPT
+    with pytest.raises(UserError, match='several checkpoints: give one of .*ckpt.pt, .*ckpt_mla.pt'):
+        ckpt.load_model(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import importlib
 
 import pytest
 
@@ -46,6 +47,20 @@ def test_text_from_the_package_is_close_to_the_canonical_one():
     canonical_chars = set("\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
     assert set(text.decode()) <= canonical_chars and len(canonical_chars) == 65
     assert abs(len(lines) - 40001) < 200  # lines in the canonical file
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda path: path.write_text(''), 'too few characters to split, 0'), (lambda path: path.mkdir(), 'Is a directory')])
+@pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char'])
+def test_a_bad_input_leaves_the_bins(name, make, words, tmp_path, program, monkeypatch):
+    prepare = importlib.import_module(f'data.{name}.prepare')
+    monkeypatch.setattr(prepare, 'HERE', tmp_path)
+    (tmp_path / 'train.bin').write_bytes(b'good')
+    make(tmp_path / 'input.txt')
+    for args, words in (([], words), (['--source=x'], 'unknown key --source')):
+        code, _, err = program(prepare.main, *args)
+        assert code == 2 and words in err and err.count('\n') == 1
+    assert (tmp_path / 'train.bin').read_bytes() == b'good'
 
 
 def test_order_of_sources(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from test_checkpoint import save
 
 import evaluate
 import export_huggingface
+from configurator import UserError
 from data.tokenizer import gpt2_encoding, make_tokenizer
 from dataset import open_data, write_splits
 from evaluate import RUNS, Question, ending_losses, question_scores, ratio, split_loss, text_scores, token_losses, wilson
@@ -93,6 +94,16 @@ def test_a_model_of_transformers(tmp_path, data_dir, program):
     assert result['loss'] == pytest.approx(nats / (len(ids) - 1), abs=1e-5)
     assert result['bytes'] == n_bytes and n_bytes > len(text) + 20  # characters of several bytes, cut into several tokens
     assert result['bits_per_byte'] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_ends_of_documents_are_no_text():
+    model, text = tiny_model(GPT, vocab_size=50304), 'To be, or not to be'
+    tokens = np.array((gpt2_encoding().encode(text) + [50256]) * 9)
+    scores = text_scores(model, tokens, make_tokenizer('gpt2'), torch.float32, 2)
+    assert scores['bytes'] == 9 * len(text) - len('To')
+    assert scores['bits_per_byte'] == pytest.approx(scores['loss'] * (len(tokens) - 1) / math.log(2) / scores['bytes'])
+    with pytest.raises(UserError, match='ends of documents alone'):
+        text_scores(model, np.array([50256] * 9), make_tokenizer('gpt2'), torch.float32, 2)
 
 
 def test_bits_per_byte_of_characters_that_are_longer_than_a_byte():

@@ -23,6 +23,7 @@ import train as trainer
 from checkpoint import load_model, read_newest, save_checkpoint
 from configurator import UserError, run
 from model import GPT
+from model_mla import GPT_MLA
 
 FORK = multiprocessing.get_context('fork')  # a child is a copy of this process, and needs no second to import torch
 
@@ -231,19 +232,36 @@ def test_a_kill_on_the_way_back_from_a_damaged_checkpoint_costs_nothing(args, tm
     assert_same_end(end_state(tmp_path / 'out'), end_state(tmp_path / 'whole'))
 
 
-def test_a_new_run_in_a_used_folder_is_the_one_that_is_resumed(args, tmp_path):
-    out = tmp_path / 'out'
-    assert finish([*args, '--keep_checkpoints=3', '--seed=1'])[0] == 0  # the old one, at iteration 8
-    new = [*args, '--keep_checkpoints=3', '--seed=2', '--max_iters=6']
-    assert finish([*new, f'--out_dir={tmp_path / "whole"}'])[0] == 0
-    process = start([*new, '--init_from=scratch'], before=lambda: slow_steps(0.1))
+def test_a_new_run_sets_an_earlier_one_aside(args, tmp_path, program):
+    out, new = tmp_path / 'out', ['--seed=2', '--max_iters=6']
+    assert finish([*args, '--keep_checkpoints=3', '--seed=1'])[0] == 0  # the earlier one, at iteration 8
+    earlier = {path.name: path.read_bytes() for path in out.iterdir() if path.name != '.lock'}
+    assert finish([*args, *new, f'--out_dir={tmp_path / "whole"}'])[0] == 0
+    process = start([*args, *new, '--init_from=scratch'], before=lambda: slow_steps(0.1))
     wait_for(lambda: '"iter": 3, "loss"' in ''.join(rows(out)[:9]) and len(rows(out)) < 9)
     process.kill()
     process.join()
-    assert torch.load(out / 'ckpt.pt', weights_only=True)['iter_num'] == 2
-    assert torch.load(out / 'ckpt.pt.1', weights_only=True)['iter_num'] == 8
-    assert finish(new)[0] == 0
+    assert {path.name: path.read_bytes() for path in (out / 'before').iterdir()} == earlier
+    assert finish([*args, *new])[0] == 0  # the new one goes on
     assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
+    assert 'before now' in program(trainer.main, *args, '--init_from=scratch', '--seed=3')[1]  # one earlier run is kept
+    assert_same_end(end_state(out / 'before'), end_state(tmp_path / 'whole'))
+    assert sorted(path.name for path in (out / 'before').glob('ckpt*')) == ['ckpt.pt']
+
+
+def test_a_run_keeps_its_metrics_whatever_became_of_the_file(args, tmp_path):
+    """Another model's run in the same folder has its own checkpoint and writes the same metrics.jsonl."""
+    assert finish([*args, f'--out_dir={tmp_path / "whole"}'])[0] == 0
+    assert finish([*args, '--max_iters=4'])[0] == 0
+    assert finish([*args, '--max_iters=6'], GPT_MLA)[0] == 0
+    assert finish(args)[0] == 0
+    assert_same_end(end_state(tmp_path / 'out'), end_state(tmp_path / 'whole'))
+
+
+def test_other_batches_on_a_resume_are_noted(args, program):
+    assert program(trainer.main, *args, '--max_iters=4')[0] == 0
+    code, out, _ = program(trainer.main, *args, '--seed=5', '--batch_size=3')
+    assert code == 0 and 'note: seed was 1337 and is 5 now' in out and 'note: batch_size was 4 and is 3 now' in out
 
 
 def test_what_is_best_is_what_is_best_on_the_disk(args, tmp_path, program, monkeypatch):
@@ -266,6 +284,25 @@ def test_what_is_best_is_what_is_best_on_the_disk(args, tmp_path, program, monke
     assert last['iter_num'] == 8 and last['best_val_loss'] == pytest.approx(2.4)
 
 
+def test_when_the_best_is_damaged_the_next_best_takes_its_place(args, tmp_path, program):
+    args = [*args, '--always_save_checkpoint=False', '--decay_lr=False']
+    assert finish([*args, '--max_iters=4'])[0] == 0
+    assert finish([*args, '--learning_rate=3', '--max_iters=6'])[0] == 0  # from here on the loss rises
+    damage(tmp_path / 'out' / 'ckpt.pt', 'truncated')
+    assert program(trainer.main, *args)[0] == 0
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] in (6, 8)
+
+
+def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ('fsync', 'replace'):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: (calls.append(
+            (name, os.path.basename(os.readlink(f'/proc/self/fd/{a[0]}') if name == 'fsync' else a[0]))), original(*a))[1])
+    save_checkpoint(tmp_path / 'ckpt.pt', tiny_model(GPT), 'gpt2', {}, 0)
+    assert calls == [('fsync', 'ckpt.pt.partial'), ('replace', 'ckpt.pt.partial'), ('fsync', tmp_path.name)]
+
+
 def test_no_flipped_bit_goes_unseen(args, tmp_path):
     """A checkpoint with one bit changed is either refused or holds what it held."""
     out = tmp_path / 'out'
@@ -279,6 +316,8 @@ def test_no_flipped_bit_goes_unseen(args, tmp_path):
             _, found, _ = read_newest(out, 'gpt')
         except UserError:
             refused += 1
+            with pytest.raises(UserError):  # nor do the sampler and the analyses take it
+                load_model(path)
             continue
         assert all(torch.equal(value, found['model'][key]) for key, value in whole['model'].items())
         assert found['iter_num'] == whole['iter_num'] and found['config'] == whole['config']
@@ -294,7 +333,7 @@ def test_a_full_disk_stops_neither_the_run_nor_costs_the_old_file(args, tmp_path
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
     code, err = finish(args, before=small_files)
-    assert code == 2 and err.count('\n') == 1 and 'newest checkpoint at 4' in err and 'make room and resume' in err
+    assert code == 2 and err.count('\n') == 1 and 'newest checkpoint at 4' in err and 'make room and start it again' in err
     assert (out / 'ckpt.pt').read_bytes() == before and not list(out.glob('*.partial'))
     assert [row['iter'] for row in read_metrics(out) if 'val_loss' in row] == [0, 2, 4, 6, 8]  # it went on to the end
     assert finish(args)[0] == 0
@@ -328,11 +367,11 @@ def test_a_read_only_folder_is_refused_and_left_alone(args, tmp_path):
     out = tmp_path / 'out'
     assert finish([*args, '--max_iters=4'])[0] == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
+    if subprocess.run(['unshare', '--mount', 'true'], capture_output=True).returncode:
+        pytest.skip('a mount needs rights that are missing here')
     mount = f'mount --bind "{out}" "{out}" && mount -o remount,bind,ro "{out}" && exec "$@"'
     train = [sys.executable, 'train.py', *args]
     done = subprocess.run(['unshare', '--mount', 'sh', '-c', mount, 'sh', *train], cwd=ROOT, capture_output=True, text=True)
-    if 'mount' in done.stderr or 'unshare' in done.stderr:
-        pytest.skip(f'a read-only mount needs rights that are missing here: {done.stderr.strip()}')
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'Read-only file system' in done.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -388,6 +427,20 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(args, tmp_path, program, 
     code, _, err = program(trainer.main, *args, '--eval_interval=4', '--log_interval=100', '--gradient_accumulation_steps=1')
     assert code == 2 and err.count('\n') == 1 and 'the loss is nan in step 6' in err
     assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_is_not_saved_by_a_signal(args, tmp_path, program, monkeypatch):
+    forward = GPT.forward
+
+    def broken(self, idx, targets=None, cache=None):
+        logits, loss = forward(self, idx, targets, cache)
+        if self.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return logits, loss * float('nan') if self.training else loss
+    monkeypatch.setattr(GPT, 'forward', broken)
+    code, _, err = program(trainer.main, *args, '--log_interval=100', '--gradient_accumulation_steps=1')
+    assert code == 2 and err.count('error: ') == 1 and 'nan in step 0' in err
+    assert not list((tmp_path / 'out').glob('ckpt*'))
 
 
 def test_a_wandb_that_fails_never_stops_training(args, program, monkeypatch):

@@ -104,6 +104,7 @@ def test_dataset_of_the_hub(documents, expected, tmp_path, program, monkeypatch)
     code, out, err = program(prepare.main, *args, '--text_key=body')
     assert (code, err) == (0, '') and bins(tmp_path) == expected
     assert calls[-1] == (('some/web', 'sample'), dict(split='all', revision='refs/convert/parquet', num_proc=2))
+    args[-1] = f'--out_dir={tmp_path / "other"}'
     code, _, err = program(prepare.main, *args)
     assert code == 2 and "no column 'text' but body, url" in err and err.count('\n') == 1
     calls.clear()
@@ -167,8 +168,8 @@ def test_a_changed_source_starts_over_and_an_end_while_tidying_up_does_not(tmp_p
 
     def stop(*args):
         raise UserError('stop')
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, 'close_work', stop)
+    with monkeypatch.context() as patch:  # when all is tokenized, before the parts are joined
+        patch.setattr(prepare, 'tokenize', lambda *args, tokenize=prepare.tokenize: stop(tokenize(*args)))
         assert program(prepare.main, *args)[0] == 2
     (tmp_path / 'source' / 'a.jsonl').write_text(json.dumps({'text': 'new'}))
     with monkeypatch.context() as patch:
@@ -191,7 +192,6 @@ def test_a_changed_source_starts_over_and_an_end_while_tidying_up_does_not(tmp_p
     ({'a.txt': b'good', 'b.txt': 'é'.encode()[:1]}, ['--source={}/*.txt'], 'b.txt is not UTF-8'),
     ({'a.jsonl': b'{"text": "a"}\n{"text": "\xff"}\n'}, ['--source={}/*.jsonl'], 'a.jsonl is not UTF-8 in line 2'),
     ({'a.jsonl': b'{"text": "a"}\n{"body": "b"}\n'}, ['--source={}/*.jsonl'], "a.jsonl: line 2 has no text under 'text'"),
-    ({'a.jsonl': b'[1]'}, ['--source={}/*.jsonl'], "a.jsonl: line 1 has no text under 'text'"),
     ({'a.json': b'{\n"text": "a"}'}, ['--source={}/*.json'], 'a.json: line 1 is not JSON'),
     ({'a.json.gz': b'no gzip'}, ['--source={}/*.gz'], 'a.json.gz cannot be read'),
     ({'a.parquet': b'no parquet'}, ['--source={}/*.parquet'], 'a.parquet cannot be read'),
@@ -199,7 +199,11 @@ def test_a_changed_source_starts_over_and_an_end_while_tidying_up_does_not(tmp_p
     ({'a.txt': b''}, ['--source={}/*.txt', '--out_dir={}/a.txt/x'], 'a.txt/x cannot be written'),
     ({'a.txt': b''}, ['--source={}/*.txt', '--dataset=other'], 'takes the place of dataset'),
     ({'a.txt': b''}, ['--source={}/*.txt', '--split=none'], 'takes the place of dataset'),
-    ({'a.txt': b''}, ['--source={}/*.txt', '--out_dir='], 'out_dir is empty'),
+    ({'a.txt': b''}, ['--source={}/*.txt', '--out_dir='], 'out_dir is needed'),
+    ({'a.txt': b'', 'meta.pkl': b''}, ['--source={}/*.txt'], 'holds meta.pkl already: choose another --out_dir, or remove it first'),
+    ({'a.txt': b''}, ['--source={}'], "is a folder: say which files"),
+    ({'a.jsonl': b'[{"text": "a"}]'}, ['--source={}/*.jsonl'], 'a.jsonl: line 1 is a list'),
+    ({}, ['--dataset=other', '--out_dir='], 'out_dir is needed'),
     ({}, ['--workers=-1'], 'workers=-1 must be at least 0'),
 ])
 def test_mistakes_are_one_line(files, args, message, tmp_path, program, monkeypatch):
@@ -210,6 +214,18 @@ def test_mistakes_are_one_line(files, args, message, tmp_path, program, monkeypa
     code, _, err = program(prepare.main, f'--out_dir={tmp_path}', '--workers=1', *[arg.format(tmp_path) for arg in args])
     assert code == 2 and message in err and err.count('\n') == 1, err
     assert not list(tmp_path.glob('*.bin'))
+
+
+def test_finished_bins_are_not_written_over(tmp_path, program, monkeypatch):
+    in_this_process(monkeypatch)
+    source = write_source(tmp_path / 'source', 'jsonl', make_documents(30))
+    args = [f'--source={source}', f'--out_dir={tmp_path / "out"}', '--workers=1']
+    assert program(prepare.main, *args)[0] == 0
+    before = bins(tmp_path / 'out')
+    (tmp_path / 'source' / 'a.jsonl').write_text('{"text": "new"}')
+    code, _, err = program(prepare.main, *args)
+    assert code == 2 and 'holds train.bin and val.bin already' in err and err.count('\n') == 1
+    assert bins(tmp_path / 'out') == before
 
 
 def in_this_process(monkeypatch):

@@ -63,7 +63,7 @@ class PrepareConfig:
     split: str = 'train'  # split of the dataset, which is divided into train.bin and val.bin
     source: str = ''  # instead of a dataset a glob of local .txt (each a document), .jsonl, .json (a line each), .parquet
     text_key: str = 'text'  # key or column that holds the text
-    out_dir: str = ''  # folder for train.bin and val.bin
+    out_dir: str = ''  # folder for train.bin and val.bin; needed but for OpenWebText, which goes to data/openwebtext
     workers: int = 0  # processes, 0 = one for each core, 12 at most; the bins do not depend on it
     part_documents: int = 10_000  # documents of a part at most, which an interrupted worker has to do again
 
@@ -71,16 +71,16 @@ class PrepareConfig:
         check_least(self, workers=0, part_documents=1)
         if self.workers > 1000:
             raise ValueError(f'workers={self.workers} must be at most 1000')
-        if not self.out_dir:
-            raise ValueError('out_dir is empty: give a folder')
         if self.source and (self.subset or self.dataset != 'openwebtext' or self.split != 'train'):
             raise ValueError(f'source={self.source} takes the place of dataset, subset and split: leave those out')
+        if not self.out_dir and (self.source or self.dataset != 'openwebtext'):
+            raise ValueError('out_dir is needed: give a folder, for instance --out_dir=data/mine')
+        self.out_dir = self.out_dir or str(HERE)
 
 
 def main():
-    config, _ = configure(sys.argv[1:], PrepareConfig, out_dir=str(HERE))
+    config, _ = configure(sys.argv[1:], PrepareConfig)
     try:
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
         with locked(config.out_dir):
             prepare(config)
     except BrokenProcessPool:
@@ -96,6 +96,8 @@ def prepare(config):
     out_dir, work = Path(config.out_dir), Path(config.out_dir) / 'parts'
     # twelve stay under 2 GB together
     workers = config.workers or min(12, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    if not work.exists():
+        check_unused(out_dir)
     if config.source:
         identity = files = find_files(config.source)
         text_bytes = sum(n_bytes * (EXPANSION if path.endswith(('.gz', '.parquet')) else 1) for path, n_bytes, _ in files)
@@ -125,6 +127,8 @@ def prepare(config):
 
 def find_files(pattern):
     """[(path, bytes, time of change in ns)] of the files that match the glob, sorted by path. Takes some 0.3 KB each."""
+    if os.path.isdir(pattern):
+        raise UserError(f"source={pattern} is a folder: say which files, for instance --source='{os.path.join(pattern, '*.jsonl')}'")
     paths = sorted(os.path.abspath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not paths:
         raise UserError(f"source={pattern} matches no file: give a path or a pattern, for instance --source='corpus/*.jsonl'")
@@ -166,6 +170,8 @@ def read_documents(path, key):
                 line = line.decode().removeprefix('\ufeff')  # which some editors put before the first line
                 if line.strip():
                     document = json.loads(line)
+                    if isinstance(document, list):
+                        raise UserError(f'{path}: line {number} is a list: each line must be a document, as JSON lines have it')
                     text = document.get(key) if isinstance(document, dict) else None
                     yield to_utf8(text, f'{path}: line {number}', key), True
     except UnicodeDecodeError as e:
@@ -228,14 +234,24 @@ def open_work(work, identity):
     found = state.read_text().split() if state.exists() else []
     if found[:1] == [digest.hexdigest()]:
         return found[1:] == ['done']
-    if found:
+    check_unused(work.parent)
+    if found and set(os.listdir(work)) - {'state'}:
         print('note: the source or the settings are not those of the interrupted run: starting over')
+    if found:
         remove_work(work)
     elif work.exists() and set(os.listdir(work)) - {'state.partial'}:
         raise UserError(f'{work} holds files that are not of this program: move it away, or choose another --out_dir')
     work.mkdir(exist_ok=True)
     with whole_file(state) as f:
         f.write(digest.hexdigest().encode())
+
+
+def check_unused(out_dir):
+    """Raise UserError if out_dir has data already, which has cost hours, perhaps."""
+    there = [name for name in ('train.bin', 'val.bin', 'meta.pkl') if (out_dir / name).exists()]
+    if there:
+        raise UserError(f'out_dir={out_dir} holds {" and ".join(there)} already: choose another --out_dir, or remove '
+                        f'{"it" if len(there) == 1 else "them"} first')
 
 
 def close_work(work):
@@ -303,8 +319,8 @@ def copy_texts(pool, files, work, key):
         batches[-1].append(path)
         size += n_bytes
     targets = [work / f'text.{number:06d}' for number in range(len(batches))]
-    in_workers(pool, copy_batch, [((batch, target, key), len(batch)) for batch, target in zip(batches, targets)
-                                  if not target.exists()], desc='reading', unit=' files')
+    in_workers(pool, copy_batch, [((batch, target, key), sum(map(os.path.getsize, batch)))
+                                  for batch, target in zip(batches, targets) if not target.exists()], desc='reading', unit='B')
     counts = [(work / f'{target.name}.ends').stat().st_size // 8 - 1 for target in targets]
     return Texts(targets, np.cumsum([0] + counts))
 

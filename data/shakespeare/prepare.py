@@ -7,13 +7,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from configurator import run
-from data.tiny_shakespeare import load_text
+from configurator import configure, run
+from data.tiny_shakespeare import NoSettings, load_text
 from data.tokenizer import gpt2_encoding
 from dataset import write_splits
 
 
 def main():
+    configure(sys.argv[1:], NoSettings)
     text = load_text(HERE)
     n = int(len(text) * 0.9)
     encode = gpt2_encoding().encode_ordinary

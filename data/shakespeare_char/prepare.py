@@ -6,13 +6,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from configurator import UserError, run
-from data.tiny_shakespeare import load_text
+from configurator import UserError, configure, run
+from data.tiny_shakespeare import NoSettings, load_text
 from data.tokenizer import make_tokenizer
 from dataset import write_splits
 
 
 def main():
+    configure(sys.argv[1:], NoSettings)
     text = load_text(HERE)
     chars = sorted(set(text))
     if len(chars) > 2 ** 16:
