@@ -227,7 +227,7 @@ def find_checkpoint(source, model_type=None):
     wanted = checkpoint_path(path, model_type or 'gpt')
     if len(found) > 1 and (model_type is None or wanted not in found):
         raise UserError(f"{path} has several checkpoints: give one of {', '.join(map(str, found))}")
-    if not found:
+    if not found and model_type is None:
         raise UserError(f'there is no checkpoint in {str(path)[:300]}: train one first, or name another')
     return found[0] if len(found) == 1 else wanted
 

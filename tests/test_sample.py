@@ -170,7 +170,7 @@ def test_samples_from_a_hugging_face_directory(tmp_path, program):
     (['--top_p=0'], 'top_p=0.0 must be above 0'), (['--top_p=1.1'], 'top_p=1.1'), (['--batch_size=0'], 'batch_size=0'),
     (['--stop=ab'], "stop='ab' is 2 tokens"), (['--stream=True', '--json=True'], 'exclude each other'),
     (['--past_context=forget'], "must be slide or drop"), (['--device=tpu'], "device='tpu'"),
-    (['--out_dir=nothing'], 'there is no checkpoint in nothing'), (['--temprature=1'], 'did you mean temperature?')])
+    (['--out_dir=nothing'], 'there is no checkpoint nothing'), (['--temprature=1'], 'did you mean temperature?')])
 def test_bad_input(args, words, tmp_path, program):
     save(tmp_path / 'ckpt.pt', tiny_model(GPT))
     code, out, err = program(sample.main, f'--out_dir={tmp_path}', '--device=cpu', *args)
