@@ -63,7 +63,7 @@ def save_checkpoint(path, model, tokenizer, config, iter_num, weights=None, keep
         if keep > 1:
             keep_older(path, keep)
         os.replace(partial, path)
-        sync(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as e:  # torch raises the latter where a disk is full
         partial.unlink(missing_ok=True)
         raise OSError(f'{path} cannot be written ({getattr(e, "strerror", None) or "there may be no room for it"})') from None
@@ -84,10 +84,10 @@ def keep_older(path, keep):
         os.replace(partial, f'{path}.1')
 
 
-def sync(path):
-    """Have the disk remember what was written to a file, or renamed in a folder, where the system can."""
+def sync_folder(folder):
+    """Have the disk remember what was renamed in a folder, where the system can."""
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

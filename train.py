@@ -236,8 +236,8 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
     for bad, _ in damaged if writes else []:
         bad.rename(f'{bad}.damaged')  # which must not take the place of an older one that is whole
     wandb = start_wandb(config, model.config) if master and config.wandb_log else None
-    progress = tqdm(initial=iter_num, total=config.max_iters, unit='iter', dynamic_ncols=True,
-                    disable=not (master and sys.stderr.isatty() and not config.eval_only))
+    progress = tqdm(initial=iter_num, total=None if config.eval_only else config.max_iters, unit='iter', dynamic_ncols=True,
+                    leave=not config.eval_only, disable=not (master and sys.stderr.isatty()))
     write = partial(print, flush=True) if progress.disable else progress.write
 
     def say(line):
