@@ -63,7 +63,7 @@ def save_checkpoint(path, model, tokenizer, config, iter_num, weights=None, keep
         if keep > 1:
             keep_older(path, keep)
         os.replace(partial, path)
-        sync_folder(path.parent)
+        sync_folder(partial.parent)
     except (OSError, RuntimeError) as e:  # torch raises the latter where a disk is full
         partial.unlink(missing_ok=True)
         raise OSError(f'{path} cannot be written ({getattr(e, "strerror", None) or "there may be no room for it"})') from None
