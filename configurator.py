@@ -139,7 +139,8 @@ def checked(key, value, hints, where):
     """value, if it suits the type that hints has for key; an int becomes a float where one is wanted."""
     if key not in hints:
         near = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
-        raise UserError(f'unknown key {where}' + (f'; did you mean {near[0]}?' if near else '; --help lists the keys'))
+        other = '' if where.startswith('--') else ', or is the file for another program'
+        raise UserError(f'unknown key {where}' + (f'; did you mean {near[0]}{other}?' if near else f'; --help lists the keys{other}'))
     hint = hints[key]
     if type(value).__module__ == 'numpy' and hasattr(value, 'item'):
         value = value.item()  # a config file may compute with numpy

@@ -4,6 +4,6 @@ from pathlib import Path
 
 exec(Path(__file__).with_name('train_shakespeare_char.py').read_text())  # every setting the same but for these
 
-# n_latent is n_embd // 2 where it is not given
+n_latent = None  # n_embd // 2; train.py, which has no such key, refuses this file
 out_dir = 'out-shakespeare-char-mla'
 wandb_run_name = 'mini-gpt-mla'

@@ -63,7 +63,7 @@ def test_later_ones_win_and_files_see_what_stands(tmp_path):
 
 @pytest.mark.parametrize('text, words', [
     ('count = 1 / 0', 'raised ZeroDivisionError in line 1'), ('\ncount = (', 'raised SyntaxError in line 2'),
-    ('import sys\nsys.exit(3)', 'raised SystemExit in line 2'), ('cuont = 3', ': cuont; did you mean count?'), ('count = lambda: 3', 'whole number'),
+    ('import sys\nsys.exit(3)', 'raised SystemExit in line 2'), ('cuont = 3', ': cuont; did you mean count, or is the file for another program?'), ('count = lambda: 3', 'whole number'),
     ('count = "3"', "must be a whole number"), ('rate = None', 'a number'),
 ])
 def test_a_bad_file_is_named(tmp_path, text, words):
@@ -126,8 +126,10 @@ def test_our_config_files(name, model_config):
     config, model_args = configure([f'config/{name}.py'], TrainConfig, model_config)
     if name.endswith('_mla'):
         twin, twin_args = configure([f'config/{name[:-4]}.py'], TrainConfig, MLAConfig)
-        assert model_args == twin_args and MLAConfig(**model_args).n_latent * 2 == MLAConfig(**model_args).n_embd
+        assert model_args == twin_args | {'n_latent': None} and MLAConfig(**model_args).n_latent * 2 == MLAConfig(**model_args).n_embd
         assert {k for k, v in vars(config).items() if v != getattr(twin, k)} == {'out_dir', 'wandb_run_name'}
+        with pytest.raises(UserError, match='n_latent; .* for another program'):  # train.py would train MHA with it
+            configure([f'config/{name}.py'], TrainConfig, GPTConfig)
     if name.endswith('_k_ahead'):
         assert KAheadConfig(**model_args).k_ahead == 4
 
