@@ -111,6 +111,8 @@ def read_newest(out_dir, model_type, device='cpu'):
     for path in run_checkpoints(out_dir, model_type):
         try:
             iter_num = read_checkpoint(path, mmap=True).get('iter_num', 0)
+            if path.suffix == '.pt':  # of the older ones only those that are wanted
+                check_whole(path)
             found.append((iter_num if type(iter_num) is int else -1, path))
         except DamagedError as e:
             damaged.append((path, str(e)))

@@ -51,7 +51,7 @@ def run(main):
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR):
             raise
-        print(f'error: {e.filename or "a file"} cannot be read or written ({e.strerror}): mend that and start again', file=sys.stderr)
+        print(f'error: {e.filename or "a file or the output"} cannot be read or written ({e.strerror}): mend that and start again', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

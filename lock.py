@@ -23,6 +23,8 @@ def locked(out_dir, patience=0):
         f = open(Path(out_dir) / '.lock', 'a+')
     except OSError as e:
         raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror}): give another') from None
+    if fcntl:
+        os.register_at_fork(after_in_child=f.close)  # else a child that lives longer would keep the lock
     with f:
         until = time.monotonic() + patience
         while fcntl:

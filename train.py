@@ -9,6 +9,7 @@ A micro-batch is known by its number, counted over the whole run and all process
 data and its dropout. So two processes see what one would, and a resumed run goes on with the data it has not seen.
 """
 
+import itertools
 import json
 import math
 import os
@@ -220,8 +221,9 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
         best_val_loss, history, notes = restore(checkpoint, optimizer, scaler, config, processes)
         resumed_from, damaged = checkpoint['resumed_from'], checkpoint['damaged']
         checkpoint = None  # its memory is wanted for training
-        if resumed_from.name.startswith(last_path(path).name) and path in [p for p, _ in damaged]:
-            best_val_loss = math.inf  # the best is lost
+        is_lost = path in [bad for bad, _ in damaged] or not path.exists() and os.path.exists(f'{path}.damaged')
+        if is_lost and resumed_from.name.startswith(last_path(path).name):
+            best_val_loss = math.inf  # the next best takes its place
     compiled = device_type == 'cuda' if config.compile == 'auto' else config.compile
     net = torch.compile(model) if compiled else model
     net = processes.wrap(net)
@@ -367,7 +369,7 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
                 settle()
             losses = estimate_loss()
             check_finite('the loss in training and validation', iter_num, losses['train_loss'], losses['val_loss'])
-            if iter_num == 0 and writes and not resumed_from:  # a new run, which has gone well so far
+            if iter_num == 0 < config.max_iters and writes and not resumed_from:  # a new run, which has gone well so far
                 for note in set_aside(config.out_dir, model_class.model_type):
                     say(f'note: {note}')
             record({'iter': iter_num, **losses, 'lr': lr})
@@ -456,7 +458,8 @@ def restore(checkpoint, optimizer, scaler, config, processes):
         notes.append(f'the number of processes was {before} and is {processes.size} now: sums are taken in another order, so that '
                      'the run goes on as it would have but for rounding')
     for key in ('dataset', 'seed', 'batch_size', 'gradient_accumulation_steps'):
-        was, now = (checkpoint.get('config') or {}).get(key), getattr(config, key)
+        settings = checkpoint.get('config')
+        was, now = settings.get(key) if isinstance(settings, dict) else None, getattr(config, key)
         if was not in (None, now):
             notes.append(f'{key} was {was} and is {now} now: the batches are others than the run would have seen')
     if 'model_type' not in checkpoint:
@@ -486,17 +489,16 @@ def restore(checkpoint, optimizer, scaler, config, processes):
 
 
 def set_aside(out_dir, model_type):
-    """Move what an earlier run with this kind of model left in out_dir to out_dir/before, in place of what lies there. Returns
-    lines to say. Raises UserError where it cannot be moved."""
-    out_dir, before = Path(out_dir), Path(out_dir) / 'before'
+    """Move what an earlier run with this kind of model left in out_dir to a new folder in it. Returns lines to say. Raises
+    UserError where it cannot be moved."""
+    out_dir = Path(out_dir)
     earlier = run_checkpoints(out_dir, model_type)
     if not earlier:
         return []
+    before = next(path for number in itertools.count(1) if not (path := out_dir / f'before-{number}').exists())
     try:
-        before.mkdir(exist_ok=True)
-        for path in run_checkpoints(before, model_type):
-            path.unlink()
-        for path in [*earlier, out_dir / 'metrics.jsonl', out_dir / 'loss.png']:
+        before.mkdir()
+        for path in [out_dir / 'metrics.jsonl', out_dir / 'loss.png', *reversed(earlier)]:
             if path.exists():
                 os.replace(path, before / path.name)
     except OSError as e:

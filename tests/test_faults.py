@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import checkpoint
 import train as trainer
 from checkpoint import load_model, read_newest, save_checkpoint
 from configurator import UserError, run
+from lock import locked
 from model import GPT
 from model_mla import GPT_MLA
 
@@ -241,12 +243,25 @@ def test_a_new_run_sets_an_earlier_one_aside(args, tmp_path, program):
     wait_for(lambda: '"iter": 3, "loss"' in ''.join(rows(out)[:9]) and len(rows(out)) < 9)
     process.kill()
     process.join()
-    assert {path.name: path.read_bytes() for path in (out / 'before').iterdir()} == earlier
+    assert {path.name: path.read_bytes() for path in (out / 'before-1').iterdir()} == earlier
     assert finish([*args, *new])[0] == 0  # the new one goes on
     assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
-    assert 'before now' in program(trainer.main, *args, '--init_from=scratch', '--seed=3')[1]  # one earlier run is kept
-    assert_same_end(end_state(out / 'before'), end_state(tmp_path / 'whole'))
-    assert sorted(path.name for path in (out / 'before').glob('ckpt*')) == ['ckpt.pt']
+    assert program(trainer.main, *args, '--init_from=scratch', '--max_iters=0')[0] == 0  # which would put nothing in its place
+    assert 'before-2 now' in program(trainer.main, *args, '--init_from=scratch', '--seed=3')[1]
+    assert_same_end((end_state(out / 'before-2')[0], []), (end_state(tmp_path / 'whole')[0], []))
+    assert {path.name: path.read_bytes() for path in (out / 'before-1').iterdir()} == earlier
+    (out / 'before-3').write_text('x')
+    (out / 'before-4').mkdir()
+    assert 'before-5 now' in program(trainer.main, *args, '--init_from=scratch', '--seed=4')[1]
+
+
+def test_a_run_that_comes_second_to_a_new_folder_writes_over_nothing(args, tmp_path, program, monkeypatch):
+    """While it loaded, another began there and ended."""
+    make_model, out = trainer.make_model, tmp_path / 'out'
+    monkeypatch.setattr(trainer, 'make_model', lambda *a: (finish(args), make_model(*a))[1])
+    code, _, err = program(trainer.main, *args, '--seed=2')
+    assert code == 2 and err.count('\n') == 1 and 'has been taken by another run meanwhile' in err
+    assert torch.load(out / 'ckpt.pt', weights_only=True)['config']['seed'] == 1337
 
 
 def test_a_run_keeps_its_metrics_whatever_became_of_the_file(args, tmp_path):
@@ -258,10 +273,13 @@ def test_a_run_keeps_its_metrics_whatever_became_of_the_file(args, tmp_path):
     assert_same_end(end_state(tmp_path / 'out'), end_state(tmp_path / 'whole'))
 
 
-def test_other_batches_on_a_resume_are_noted(args, program):
+def test_other_batches_on_a_resume_are_noted(args, data_dir, tmp_path, program):
     assert program(trainer.main, *args, '--max_iters=4')[0] == 0
-    code, out, _ = program(trainer.main, *args, '--seed=5', '--batch_size=3')
-    assert code == 0 and 'note: seed was 1337 and is 5 now' in out and 'note: batch_size was 4 and is 3 now' in out
+    other = shutil.copytree(data_dir, tmp_path / 'other')
+    code, out, _ = program(trainer.main, *args, '--seed=5', '--batch_size=3', '--gradient_accumulation_steps=4', f'--dataset={other}')
+    for words in ('seed was 1337 and is 5', 'batch_size was 4 and is 3', 'gradient_accumulation_steps was 2 and is 4',
+                  f'dataset was {data_dir} and is {other}'):
+        assert code == 0 and f'note: {words} now' in out
 
 
 def test_what_is_best_is_what_is_best_on_the_disk(args, tmp_path, program, monkeypatch):
@@ -284,13 +302,19 @@ def test_what_is_best_is_what_is_best_on_the_disk(args, tmp_path, program, monke
     assert last['iter_num'] == 8 and last['best_val_loss'] == pytest.approx(2.4)
 
 
-def test_when_the_best_is_damaged_the_next_best_takes_its_place(args, tmp_path, program):
+@pytest.mark.parametrize('how', ['truncated', 'flipped'])
+def test_when_the_best_is_damaged_the_next_best_takes_its_place(how, args, tmp_path, program):
     args = [*args, '--always_save_checkpoint=False', '--decay_lr=False']
     assert finish([*args, '--max_iters=4'])[0] == 0
     assert finish([*args, '--learning_rate=3', '--max_iters=6'])[0] == 0  # from here on the loss rises
-    damage(tmp_path / 'out' / 'ckpt.pt', 'truncated')
+    damage(tmp_path / 'out' / 'ckpt.pt', how, seed=3)
+    process = start(args, before=lambda: slow_steps(0.2))
+    wait_for((tmp_path / 'out' / 'ckpt.pt.damaged').exists)
+    process.kill()
+    process.join()
+    assert not (tmp_path / 'out' / 'ckpt.pt').exists()
     assert program(trainer.main, *args)[0] == 0
-    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] in (6, 8)
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 8
 
 
 def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -332,6 +356,8 @@ def test_a_full_disk_stops_neither_the_run_nor_costs_the_old_file(args, tmp_path
     def small_files():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    code, err = finish([*args, f'--out_dir={tmp_path / "new"}'], before=small_files)
+    assert code == 2 and err.count('\n') == 1 and 'nothing of it is saved' in err
     code, err = finish(args, before=small_files)
     assert code == 2 and err.count('\n') == 1 and 'newest checkpoint at 4' in err and 'make room and start it again' in err
     assert (out / 'ckpt.pt').read_bytes() == before and not list(out.glob('*.partial'))
@@ -385,6 +411,17 @@ def test_two_runs_in_one_folder_are_refused(args, tmp_path, program):
     process.kill()
     process.join()
     assert program(trainer.main, *args)[0] == 0  # a killed run locks nobody out
+
+
+def test_a_child_that_lives_longer_keeps_no_lock(tmp_path):
+    with locked(tmp_path):
+        child = FORK.Process(target=time.sleep, args=(60,))
+        child.start()
+        with pytest.raises(UserError, match='in use'), locked(tmp_path):
+            pass
+    with locked(tmp_path, patience=20):
+        child.kill()
+        child.join()
 
 
 class Malice:

@@ -104,6 +104,9 @@ def test_dataset_of_the_hub(documents, expected, tmp_path, program, monkeypatch)
     code, out, err = program(prepare.main, *args, '--text_key=body')
     assert (code, err) == (0, '') and bins(tmp_path) == expected
     assert calls[-1] == (('some/web', 'sample'), dict(split='all', revision='refs/convert/parquet', num_proc=2))
+    calls.clear()
+    code, _, err = program(prepare.main, *args)
+    assert code == 2 and 'holds train.bin and val.bin already' in err and not calls
     args[-1] = f'--out_dir={tmp_path / "other"}'
     code, _, err = program(prepare.main, *args)
     assert code == 2 and "no column 'text' but body, url" in err and err.count('\n') == 1
