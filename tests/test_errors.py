@@ -107,9 +107,9 @@ def test_a_mistake_costs_neither_checkpoint_nor_metrics(tiny_args, tmp_path, pro
         assert code == 2 and err.count('\n') == 1
         if 'e30' in args[0]:  # it could only be seen after the run had begun
             assert 'the loss' in err and 'is nan' in err and not (tmp_path / 'out' / 'ckpt.pt').exists()
-            for path in (tmp_path / 'out' / 'before').iterdir():
+            for path in (tmp_path / 'out' / 'before-1').iterdir():
                 path.rename(tmp_path / 'out' / path.name)
-            (tmp_path / 'out' / 'before').rmdir()
+            (tmp_path / 'out' / 'before-1').rmdir()
     (tmp_path / 'out' / 'ckpt.pt').write_bytes(before['ckpt.pt'][:1000])
     assert program(train.main, *tiny_args, '--init_from=resume')[0] == 2
     (tmp_path / 'out' / 'ckpt.pt').write_bytes(before['ckpt.pt'])
