@@ -370,8 +370,8 @@ def training_loop(model_class, config, model_args, processes, signals, at_end):
             losses = estimate_loss()
             check_finite('the loss in training and validation', iter_num, losses['train_loss'], losses['val_loss'])
             if iter_num == 0 < config.max_iters and writes and not resumed_from:  # a new run, which has gone well so far
-                for note in set_aside(config.out_dir, model_class.model_type):
-                    say(f'note: {note}')
+                if before := set_aside(config.out_dir, model_class.model_type):
+                    say(f'note: what an earlier run left here is in {before} now')
             record({'iter': iter_num, **losses, 'lr': lr})
             best, best_before = losses['val_loss'] < best_val_loss, best_val_loss
             best_val_loss = min(losses['val_loss'], best_val_loss)
@@ -457,9 +457,10 @@ def restore(checkpoint, optimizer, scaler, config, processes):
     if before != processes.size:
         notes.append(f'the number of processes was {before} and is {processes.size} now: sums are taken in another order, so that '
                      'the run goes on as it would have but for rounding')
+    settings = checkpoint.get('config')
+    settings = settings if isinstance(settings, dict) else {}
     for key in ('dataset', 'seed', 'batch_size', 'gradient_accumulation_steps'):
-        settings = checkpoint.get('config')
-        was, now = settings.get(key) if isinstance(settings, dict) else None, getattr(config, key)
+        was, now = settings.get(key), getattr(config, key)
         if was not in (None, now):
             notes.append(f'{key} was {was} and is {now} now: the batches are others than the run would have seen')
     if 'model_type' not in checkpoint:
@@ -489,12 +490,12 @@ def restore(checkpoint, optimizer, scaler, config, processes):
 
 
 def set_aside(out_dir, model_type):
-    """Move what an earlier run with this kind of model left in out_dir to a new folder in it. Returns lines to say. Raises
-    UserError where it cannot be moved."""
+    """Move what an earlier run with this kind of model left in out_dir to a new folder in it, and return that; None where there
+    is no such run. Raises UserError where it cannot be moved."""
     out_dir = Path(out_dir)
     earlier = run_checkpoints(out_dir, model_type)
     if not earlier:
-        return []
+        return None
     before = next(path for number in itertools.count(1) if not (path := out_dir / f'before-{number}').exists())
     try:
         before.mkdir()
@@ -504,7 +505,7 @@ def set_aside(out_dir, model_type):
     except OSError as e:
         raise UserError(f'out_dir={out_dir} holds an earlier run, which cannot be moved to {before} ({e.strerror}): give another'
                         ) from None
-    return [f'what an earlier run left here is in {before} now']
+    return before
 
 
 def to_lines(rows):
