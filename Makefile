@@ -1,28 +1,37 @@
 # make quick    train MHA and MLA on Shakespeare and compare them
 # make test     run the tests
+# make check    look for long lines, unused names and imports out of order
+# make docs     write docs/reference.md anew, from the programs' keys
 # make assets   draw the pictures in assets/ (of the models of the last make quick)
 
 SHELL := /bin/bash
-PYTHON := $(shell for p in python3 python3.12 python3.11 python; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+PYTHON := $(shell for p in python3 python3.12 python3.11 python3.13 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
 RUN := .venv/bin/python
+QUICK := out_shakespeare_quick
 
-.PHONY: quick test assets clean
+.PHONY: quick test check docs assets clean
 
 quick: .venv/installed data/shakespeare_char/meta.pkl
 	$(RUN) test_shakespeare_quick.py
 
 test: .venv/installed
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2
+
+check: .venv/installed
+	.venv/bin/ruff check .
+
+docs: .venv/installed
+	$(RUN) docs/make_reference.py
 
 assets: .venv/installed data/shakespeare_char/meta.pkl
 	$(RUN) assets/draw_mla_diagram.py
-	test -f out_shakespeare_quick/comparison.png || $(MAKE) quick
-	cp out_shakespeare_quick/comparison.png assets/
-	$(RUN) -m analysis.report --model=out_shakespeare_quick/ckpt.pt --other=out_shakespeare_quick/ckpt_mla.pt
+	test -f $(QUICK)/comparison.png || $(MAKE) quick
+	cp $(QUICK)/comparison.png assets/
+	$(RUN) -m analysis.report $(QUICK)/ckpt.pt $(QUICK)/ckpt_mla.pt
 	for name in attention_patterns copying composition subspaces latent_directions spectrum ablation similarity; do \
 		cp out_report/$$name.png assets/report_$$name.png || exit 1; done
-	$(RUN) visualize_residual_space_gpt2.py --model=out_shakespeare_quick/ckpt_mla.pt \
+	$(RUN) visualize_residual_space_gpt2.py $(QUICK)/ckpt_mla.pt \
 		--prompt="To be, or not to be, that is the question" --out_dir=out_residual_space
 	cp out_residual_space/residual_trajectories.png assets/mlapca.png
 
@@ -30,7 +39,7 @@ data/shakespeare_char/meta.pkl: | .venv/installed
 	$(RUN) data/shakespeare_char/prepare.py
 
 .venv/installed: requirements.txt
-	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed and was not found: install one, or name it with make PYTHON=/path/to/python))
+	$(if $(PYTHON),,$(error Python 3.11 to 3.14 is needed and was not found: install one, or name it with make PYTHON=/path/to/python))
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

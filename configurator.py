@@ -3,19 +3,25 @@ Settings from Python config files and --key=value, later ones winning:
 
     python train.py config/train_shakespeare_char.py --batch_size=32 --device=cpu
 
-A config file is Python that assigns keys. Names that begin with _ or are bound to modules, functions or classes are
-not keys. A switch such as --stream may go without its =True. The known keys, their types, defaults and comments are
-those of dataclasses; --help prints them.
+A config file is Python that assigns keys. Names that begin with _ or are bound to modules,
+functions or classes are not keys. A switch such as --stream may go without its =True. The fields
+of dataclasses are the known keys. Their types, defaults and comments are those of the keys, and
+--help prints them. A comment that is too long goes on in a line of its own, indented further than
+the field.
+
+Every program imports this module before any package. It says how to go on where torch is missing.
 """
 
 import builtins
 import difflib
 import errno
+import importlib.util
 import inspect
 import math
 import os
 import re
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -24,41 +30,63 @@ from dataclasses import fields
 from pathlib import Path
 
 
+def exit_with(message):
+    """End the program with one line on stderr and exit code 2."""
+    print('error:', ' '.join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def check_torch():
+    """Say how to go on, and end the program, where torch cannot be imported."""
+    if importlib.util.find_spec('torch'):
+        return
+    installed = any(Path(__file__).parent.glob('.venv/lib/python*/site-packages/torch'))
+    make = '' if installed else 'make quick, which installs it in .venv, then '
+    exit_with(f'torch is not installed here: run {make}source .venv/bin/activate')
+
+
+check_torch()
+
+# what a user can mend
+FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EISDIR,
+               errno.ENOTDIR)
+
+
 class UserError(Exception):
-    """A mistake of the user's. The message is one line that names the key, the value and the remedy."""
+    """A mistake of the user's. Its message is one line with the key, the value and the remedy."""
 
 
 def run(main):
-    """Call main(). A UserError ends the program with its one line and exit code 2; errors of the project's own
-    give a traceback."""
+    """Call main(). A UserError ends the program with its one line and exit code 2. An error of the
+    project's own gives a traceback."""
     try:
         main()
     except UserError as e:
         if os.environ.get('LOCAL_RANK', '0') != '0':
-            time.sleep(3)  # torchrun ends this process meanwhile if the first one failed too: one line for all
-        print('error:', ' '.join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
+            # If the first process failed too, torchrun ends this one meanwhile: one line for all.
+            time.sleep(3)
+        exit_with(e)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("can't allocate memory|out of memory|Storage size calculation overflowed",
-                                                            str(e)):
+        from runtime.device import is_out_of_memory  # here, since it imports torch
+        if not is_out_of_memory(e):
             raise
-        print(f'error: there is not enough memory ({" ".join(str(e).split())[:150]}): make the model, batch_size or block_size '
-              'smaller', file=sys.stderr)
-        sys.exit(2)
+        reason = ' '.join(str(e).split())[:150]
+        exit_with(f'there is not enough memory ({reason}): make the model, batch_size or '
+                  'block_size smaller')
     except BrokenPipeError:  # the reader, for instance head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR):
+        if e.errno not in FILE_ERRORS:
             raise
-        print(f'error: {e.filename or "a file or the output"} cannot be read or written ({e.strerror}): mend that and start again', file=sys.stderr)
-        sys.exit(2)
+        exit_with(f'{e.filename or "a file or the output"} cannot be read or written '
+                  f'({e.strerror}): mend that and start again')
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def build(cls, settings):
-    """cls(**settings), with the ValueError of a check in __post_init__ as a UserError."""
+    """cls(**settings). A ValueError of its __post_init__ becomes a UserError."""
     try:
         return cls(**settings)
     except ValueError as e:
@@ -66,31 +94,43 @@ def build(cls, settings):
 
 
 def check_least(config, **at_least):
-    """Raise ValueError for a key of config whose value is below the least that at_least has for it."""
+    """Raise ValueError for a key of config whose value is below the one that at_least has."""
     for key, least in at_least.items():
         if getattr(config, key) < least:
             raise ValueError(f'{key}={getattr(config, key)} must be at least {least}')
 
 
-def configure(argv, config_class, model_config_class=None, **defaults):
-    """Read a command line (without the program's name) into a config_class and, beside it, a dictionary of those keys
-    of model_config_class that were given: a trainer that resumes must know what was asked for and what is a default.
+def configure(argv, config_class, model_config_class=None, positional=(), elsewhere=None,
+              **defaults):
+    """Read a command line (without the program's name). Returns a config_class, and a dictionary
+    of the keys of model_config_class that were given: a trainer that resumes must tell what was
+    asked for from what is a default.
 
-    defaults take the place of the dataclasses' own. Raises UserError; --help prints the keys and exits.
+    positional  keys whose values may be given without --key=, in this order
+    elsewhere   {key: program}, for the message about a key that only another program has
+    defaults    take the place of the dataclasses' own
+
+    Raises UserError. --help prints the program's docstring and its keys, and exits.
     """
     classes = [config_class] + ([model_config_class] if model_config_class else [])
     hints = {key: hint for cls in classes for key, hint in typing.get_type_hints(cls).items()}
     standing = {f.name: f.default for cls in classes for f in fields(cls)} | defaults
-    given = {}
     if '--help' in argv or '-h' in argv:
-        print_help(classes, hints, standing)
+        print_help(classes, standing, positional)
         sys.exit(0)
+
+    given, places = {}, iter(positional)
     for arg in argv:
         if arg.startswith('-'):
             settings, prefix = read_option(arg, hints), '--'
+        elif is_value(arg, hints) and (key := next(places, None)):
+            settings, prefix = {key: read_value(arg, hints[key])}, '--'
         else:
             settings, prefix = run_config_file(arg, standing | given), f'{arg}: '
-        given |= {key: checked(key, value, hints, prefix + key) for key, value in settings.items()}
+        for key, value in settings.items():
+            if key not in hints:
+                raise unknown_key(key, hints, prefix, elsewhere or {})
+            given[key] = checked(value, hints[key], prefix + key)
 
     def pick(settings, cls):
         return {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
@@ -98,54 +138,84 @@ def configure(argv, config_class, model_config_class=None, **defaults):
     return config, pick(given, model_config_class) if model_config_class else {}
 
 
+def is_value(arg, hints):
+    """Whether an argument that does not begin with - can be the value of a positional key, rather
+    than a config file or an option whose -- was forgotten."""
+    key, equals, _ = arg.partition('=')
+    forgotten = equals and key in hints and not os.path.exists(arg)
+    return arg != '' and not arg.endswith('.py') and not forgotten
+
+
 def read_option(arg, hints):
-    """'--key=value' -> {key: value}; the value of a key that is not text is read as a Python literal. A switch may go
-    without: --key is --key=True."""
-    key, equals, value = arg.removeprefix('--').partition('=')
+    """'--key=value' -> {key: value}. A switch may go without its value: --key is --key=True."""
+    key, equals, text = arg.removeprefix('--').partition('=')
     if arg.startswith('--') and not equals and hints.get(key) is bool:
         return {key: True}
     if not arg.startswith('--') or not equals:
-        raise UserError(f"{arg!r} is not understood: options are written --key=value, for instance "
-                        f"--{key.lstrip('-') if key.lstrip('-') in hints else 'max_iters'}=...; --help lists the keys")
-    if hints.get(key) is not str:
-        try:
-            value = literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass  # stays text, which the check of its type will judge
-    return {key: value}
+        example = key.lstrip('-') if key.lstrip('-') in hints else 'max_iters'
+        raise UserError(f'{arg!r} is not understood: options are written --key=value, for '
+                        f'instance --{example}=...; --help lists the keys')
+    return {key: read_value(text, hints.get(key))}
+
+
+def read_value(text, hint):
+    """The value that text stands for: itself where the type is str, else a Python literal."""
+    if hint is str:
+        return text
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text  # the check of its type will judge it
 
 
 def run_config_file(path, standing):
     """The keys that the Python file at path assigns. It may read the values that stand so far."""
     if not os.path.isfile(path):
-        hint = f'; did you mean --{path}?' if '=' in path else ': give the path of a Python file, or --key=value'
+        hint = ': give the path of a Python file, or --key=value'
+        if '=' in path:
+            hint = f'; did you mean --{path}?'
         raise UserError(f'there is no config file {path!r}{hint}')
     if not path.endswith('.py'):
-        raise UserError(f'{path!r} is no config file, whose name ends in .py: options are written --key=value, for instance '
-                        '--model=... or --out_dir=...')
-    # what stands so far lies where builtins lie, so that what the file assigns can be told from what it reads
+        raise UserError(f'{path!r} is no config file, whose name ends in .py: options are written '
+                        '--key=value, for instance --model=... or --out_dir=...')
+    # The standing values lie where builtins lie. So what the file assigns can be told from them.
     namespace = {'__builtins__': vars(builtins) | standing, '__file__': path}
     try:
         exec(compile(Path(path).read_bytes(), path, 'exec'), namespace)
     except (Exception, SystemExit) as e:
-        lines = [f.lineno for f in inspect.getinnerframes(e.__traceback__) if f.filename == path]
+        frames = inspect.getinnerframes(e.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[-1] if lines else getattr(e, 'lineno', None)
-        raise UserError(f"config file {path} raised {type(e).__name__}{f' in line {line}' if line else ''}: {e}") from None
+        where = f' in line {line}' if line else ''
+        raise UserError(f'config file {path} raised {type(e).__name__}{where}: {e}') from None
+    return {key: value for key, value in namespace.items()
+            if key in standing or may_be_key(key, value)}
+
+
+def may_be_key(name, value):
+    """Whether what a config file assigns to an unknown name is meant as a key."""
     not_keys = (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType)
-    return {k: v for k, v in namespace.items() if k in standing or not k.startswith('_') and not isinstance(v, not_keys)}
+    return not name.startswith('_') and not isinstance(value, not_keys)
 
 
-def checked(key, value, hints, where):
-    """value, if it suits the type that hints has for key; an int becomes a float where one is wanted."""
-    if key not in hints:
-        near = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
-        other = '' if where.startswith('--') else ', or is the file for another program'
-        raise UserError(f'unknown key {where}' + (f'; did you mean {near[0]}{other}?' if near else f'; --help lists the keys{other}'))
-    hint = hints[key]
+def unknown_key(key, hints, prefix, elsewhere):
+    """The UserError for a key that the program does not have."""
+    if key in elsewhere:
+        return UserError(f'unknown key {prefix}{key}: it is a key of {elsewhere[key]}')
+    near = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
+    other = '' if prefix == '--' else ', or is the file for another program'
+    remedy = f'; did you mean {near[0]}{other}?' if near else f'; --help lists the keys{other}'
+    return UserError(f'unknown key {prefix}{key}{remedy}')
+
+
+def checked(value, hint, where):
+    """value, if it suits the type hint. An int becomes a float where one is wanted. Raises
+    UserError, which begins with where."""
     if type(value).__module__ == 'numpy' and hasattr(value, 'item'):
         value = value.item()  # a config file may compute with numpy
     if typing.get_origin(hint) is typing.Literal:
-        if any(type(value) is type(option) and value == option for option in typing.get_args(hint)):
+        options = typing.get_args(hint)
+        if any(type(value) is type(option) and value == option for option in options):
             return value
         raise UserError(f'{where}={value!r} must be {describe_type(hint)}')
     allowed = typing.get_args(hint) or (hint,)
@@ -155,13 +225,16 @@ def checked(key, value, hints, where):
         raise UserError(f'{where}={value!r} must be {describe_type(hint)}')
     if type(value) is str and '\0' in value:
         raise UserError(f'{where}={value!r} must be text without null characters')
-    if type(value) is float and not math.isfinite(value) or type(value) is int and abs(value) >= 2 ** 63:
+    too_large = type(value) is int and abs(value) >= 2 ** 63
+    if too_large or type(value) is float and not math.isfinite(value):
         raise UserError(f'{where}={value!r} must be finite and below 2**63')
     return value
 
 
 def describe_type(hint):
-    names = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}
+    """A type hint in words, such as 'a whole number or None'."""
+    names = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text',
+             type(None): 'None'}
     if typing.get_origin(hint) is typing.Literal:
         *most, last = [str(option) for option in typing.get_args(hint)]
     else:
@@ -169,13 +242,30 @@ def describe_type(hint):
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def print_help(classes, hints, standing):
-    spec = sys.modules['__main__'].__spec__  # of a module that was started with python -m
-    program = f'-m {spec.name}' if spec else os.path.basename(sys.argv[0])
-    print(f'usage: python {program} [CONFIG.py ...] [--key=value ...]     later ones win\n')
+def print_help(classes, standing, positional):
+    """Print the program's docstring, its usage, and each key with its default and comment."""
+    program = sys.modules['__main__']
+    if program.__doc__:
+        print(inspect.cleandoc(program.__doc__) + '\n')
+    name = os.path.basename(sys.argv[0])
+    if program.__spec__:  # it was started with python -m
+        name = f'-m {program.__spec__.name}'
+    words = [name, *(f'[{key.upper()}]' for key in positional), '[CONFIG.py ...]']
+    print(f'usage: python {" ".join(words)} [--key=value ...]     later ones win\n')
+    comments = {key: text for cls in classes for key, text in field_comments(cls).items()}
+    for key, default in standing.items():
+        head = f'  --{key}={default!r}'.ljust(46) + ' '
+        text = textwrap.fill(comments.get(key, ''), 100, initial_indent=head,
+                             subsequent_indent=' ' * 47, break_long_words=False,
+                             break_on_hyphens=False)
+        print(text or head.rstrip())
+
+
+def field_comments(cls):
+    """{field: comment} of a dataclass and its bases, read from the source."""
+    field = r'^    (\w+):.*?  # (.*(?:\n {5,}# .*)*)$'
     comments = {}
-    for cls in classes:
-        for base in reversed(cls.__mro__[:-1]):
-            comments |= dict(re.findall(r'^    (\w+):.*?  # (.*)$', inspect.getsource(base), re.M))
-    for key in hints:
-        print(f'  --{key}={standing[key]!r}'.ljust(46), comments.get(key, ''))
+    for base in reversed(cls.__mro__[:-1]):
+        for key, text in re.findall(field, inspect.getsource(base), re.M):
+            comments[key] = ' '.join(re.split(r'\s*\n +# ', text))
+    return comments

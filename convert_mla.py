@@ -2,34 +2,45 @@
 Turn a trained GPT into a GPT_MLA, whose keys and values come from a latent of n_latent numbers:
 
     python convert_mla.py out-shakespeare-char/ckpt.pt --n_latent=64 --out_dir=out_mla
-    python train_mla.py --init_from=resume --out_dir=out_mla --dataset=shakespeare_char ...      goes on training it
 
-In each layer [k; v] = W x + b has a W (2 n_embd, n_embd), which is replaced by D E: E (n_latent, n_embd) becomes the latent
-encoder, the halves of D (2 n_embd, n_latent) the key and the value. With the covariance C of x over a calibration text,
-E|W x - D E x|^2 is least where D holds the leading left singular vectors of W C^(1/2) and E = D^T W (Eckart and Young 1936).
+and train it on:
+
+    python train_mla.py --init_from=resume --out_dir=out_mla --dataset=shakespeare_char ...
+
+It needs a checkpoint of train.py, or GPT-2's weights, and preferably the data of its training.
+
+In each layer [k; v] = W x + b. D E takes the place of W (2 n_embd, n_embd): E (n_latent, n_embd)
+becomes the latent encoder, and the halves of D (2 n_embd, n_latent) become key and value. C is the
+covariance of x over a calibration text. E|W x - D E x|^2 is least where D holds the leading left
+singular vectors of W C^(1/2) and E = D^T W (Eckart and Young 1936).
 """
 
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from checkpoint import checkpoint_path, dataset_of, describe, load_model, save_checkpoint
 from configurator import UserError, check_least, configure, run
-from dataset import draw_batch, open_data
-from device import pick_device
-from evaluate import split_loss
+
+import torch
+
+from evaluate import progress, split_loss
 from model import GPT
 from model_mla import GPT_MLA, MLAConfig
+from models import describe
+from runtime.checkpoint import checkpoint_path, save_checkpoint
+from runtime.dataset import draw_batch
+from runtime.device import pick_device
+from runtime.loading import load_model
 
 
 @dataclass
 class ConvertConfig:
+    model: str = ''  # a GPT's checkpoint, its out_dir, the directory of a Hugging Face GPT-2, or a
+                     # name such as gpt2
     n_latent: int | None = None  # width of the latent, at most n_embd; None: n_embd // 2
     out_dir: str = 'out_mla'  # where ckpt_mla.pt goes
-    dataset: str = ''  # calibration and val text, a folder as the trainer takes it; '': the one of the checkpoint
+    dataset: str = ''  # calibration and val text, a folder as the trainer takes it; '': the one of
+                       # the checkpoint
     calibration_tokens: int = 32_768  # of the training split; 0 weighs all directions of x alike
     val_tokens: int = 32_768  # of the val split, from its beginning, on which the loss is measured
     seed: int = 1337  # of the choice of calibration tokens
@@ -45,7 +56,7 @@ class ConvertConfig:
 
 @dataclass
 class Moments:
-    """Of what enters a layer's attention, x (n_embd), in float64."""
+    """The moments of x (n_embd), the input of a layer's attention, in float64."""
     mean: torch.Tensor  # (n_embd,)
     second: torch.Tensor  # (n_embd, n_embd), the mean of x x^T
 
@@ -55,13 +66,14 @@ def activation_moments(model, windows):
     """Moments of the input of each layer's attention over windows of tokens, tensors (B, T)."""
     totals = [Moments(0.0, 0.0) for _ in model.transformer.h]
 
-    def hook(total):
-        def add(attention, args):
+    def add_to(total):
+        def hook(attention, args):
             x = args[0].flatten(0, 1).double()  # (B * T, n_embd)
             total.mean = total.mean + x.sum(0)
             total.second = total.second + x.T @ x
-        return add
-    handles = [block.attn.register_forward_pre_hook(hook(total)) for block, total in zip(model.transformer.h, totals)]
+        return hook
+    handles = [block.attn.register_forward_pre_hook(add_to(total))
+               for block, total in zip(model.transformer.h, totals)]
     n = 0
     for idx in windows:
         model(idx)
@@ -72,119 +84,137 @@ def activation_moments(model, windows):
 
 
 def low_rank(W, root, rank):
-    """D (n_out, rank) and E (rank, n_in) that minimise |(W - D E) root|, with root root^T = C: the best approximation of W
-    for inputs of covariance C. All in float64."""
+    """D (n_out, rank) and E (rank, n_in) that minimise |(W - D E) root|, where root root^T = C.
+    They are the best approximation of W for inputs of covariance C. All in float64."""
     D = torch.linalg.svd(W @ root, full_matrices=False).U[:, :rank]
     return D, D.T @ W
 
 
 def factor(W, b, moments, rank):
-    """W (2 n_embd, n_embd) and b (2 n_embd) or None, of keys and values -> D, E, b that take their place, and the relative
-    errors of keys, values and both: root mean squares of what is lost, over that of what was there."""
+    """D, E, b that take the place of W (2 n_embd, n_embd) and b (2 n_embd) or None, of keys and
+    values, and the relative errors of keys, values and both. An error is the root mean square of
+    what is lost over that of what was there."""
     n_embd = W.size(1)
-    mean, covariance = torch.zeros(n_embd, dtype=W.dtype, device=W.device), torch.eye(n_embd, dtype=W.dtype, device=W.device)
+    mean = torch.zeros(n_embd, dtype=W.dtype, device=W.device)
+    covariance = torch.eye(n_embd, dtype=W.dtype, device=W.device)
     if moments:
         mean, covariance = moments.mean, moments.second
-        if b is not None:  # which can take over the mean, so that only the spread around it is left to the factors
+        if b is not None:  # b takes over the mean, and the factors have the spread around it alone
             covariance = covariance - mean.outer(mean)
     spread, directions = torch.linalg.eigh(covariance)
     if spread.max() <= 0:  # a text that never varies says nothing
         spread = torch.ones_like(spread)
     root = directions * spread.clamp_min(0).sqrt()
-    # directions that the text never took count a little, so that with full rank nothing is lost anywhere
+    # Directions that the text never took count a little. So full rank loses nothing anywhere.
     D, E = low_rank(W, directions * spread.clamp_min(1e-10 * spread.max()).sqrt(), rank)
     lost = W - D @ E
     if b is not None:
         b = b + lost @ mean
-    parts = (slice(0, n_embd), slice(n_embd, None), slice(None))
-    return D, E, b, [((lost[part] @ root).norm() / (W[part] @ root).norm()).item() for part in parts]
+    errors = []
+    for part in (slice(0, n_embd), slice(n_embd, None), slice(None)):
+        errors.append(((lost[part] @ root).norm() / (W[part] @ root).norm()).item())
+    return D, E, b, errors
 
 
 def convert(model, n_latent, moments=None):
-    """A GPT_MLA that does nearly what the GPT model does, and the relative errors of its layers' keys, values and both.
-    moments are those of activation_moments; without them all directions of x count alike. At n_latent = n_embd it does
-    exactly the same, and more than that cannot be."""
+    """A GPT_MLA that does nearly what the GPT model does, and the relative errors of its layers'
+    keys, values and both. moments are those of activation_moments. Without them all directions of
+    x count alike. At n_latent = n_embd, the most there can be, it does exactly the same."""
     c = model.config
     state, errors = dict(model.state_dict()), []
     for i in range(c.n_layer):
         prefix = f'transformer.h.{i}.attn.'
         W = state.pop(prefix + 'c_attn.weight')  # (3 n_embd, n_embd)
         b = state.pop(prefix + 'c_attn.bias', None)
-        D, E, b_kv, error = factor(W[c.n_embd:].double(), None if b is None else b[c.n_embd:].double(),
-                                   moments and moments[i], n_latent)
+        b_kv = None if b is None else b[c.n_embd:].double()
+        D, E, b_kv, error = factor(W[c.n_embd:].double(), b_kv, moments and moments[i], n_latent)
         errors.append(error)
-        new = {'query.weight': W[:c.n_embd], 'latent_enc.weight': E, 'key.weight': D[:c.n_embd], 'value.weight': D[c.n_embd:]}
+        new = {'query.weight': W[:c.n_embd], 'latent_enc.weight': E,
+               'key.weight': D[:c.n_embd], 'value.weight': D[c.n_embd:]}
         if b is not None:
-            new |= {'query.bias': b[:c.n_embd], 'key.bias': b_kv[:c.n_embd], 'value.bias': b_kv[c.n_embd:]}
-        state |= {prefix + name: tensor.to(W.dtype, copy=True) for name, tensor in new.items()}
-    return GPT_MLA.from_state_dict(MLAConfig(**asdict(c), n_latent=n_latent), state).eval(), errors
+            new |= {'query.bias': b[:c.n_embd], 'key.bias': b_kv[:c.n_embd],
+                    'value.bias': b_kv[c.n_embd:]}
+        for name, tensor in new.items():
+            state[prefix + name] = tensor.to(W.dtype, copy=True)
+    config = MLAConfig(**asdict(c), n_latent=n_latent)
+    return GPT_MLA.from_state_dict(config, state).eval(), errors
 
 
 def calibration_windows(data, block_size, config, device):
     """About calibration_tokens of the training split, in windows (1, block_size)."""
     count = -(-config.calibration_tokens // block_size)
-    for number in tqdm(range(count), desc='calibration', leave=False, disable=not sys.stderr.isatty()):
+    for number in progress(range(count), 'calibration'):
         x, _ = draw_batch(data.train, 1, block_size, (config.seed,), number)
         yield torch.from_numpy(x).to(device)
 
 
-def open_text(config, source, model, spec):
-    """The name of the text for calibration and val loss and its Data; '' and None where none was named and the checkpoint's
+def open_text(config, trained):
+    """The Data for calibration and val loss. None where none was named and that of the training
     is not on this disk."""
-    dataset = config.dataset or dataset_of(source)
     try:
-        data = open_data(dataset)
-        data.check(model.config.block_size, model.config.vocab_size)
-        if data.tokenizer != spec:
-            raise UserError(f'dataset={dataset} has another vocabulary than the model: use the data that it was trained on')
-        return dataset, data
+        data = trained.open_data(config.dataset)
+        data.check(trained.model.config.block_size, trained.model.config.vocab_size)
+        return data
     except UserError:
         if config.dataset:
             raise
-        return '', None
+        return None
+
+
+def print_errors(errors, weighing):
+    """A table of the relative errors of each layer."""
+    print(f'\nrelative error, {weighing}\n')
+    print(f'{"layer":>7}{"keys":>10}{"values":>10}{"both":>10}')
+    for layer, (keys, values, both) in enumerate(errors):
+        print(f'{layer:>7}{keys:>10.4f}{values:>10.4f}{both:>10.4f}')
 
 
 def main():
-    args = sys.argv[1:]
-    source = next((arg for arg in args if not arg.startswith('-') and not arg.endswith('.py')), None)
-    config, _ = configure([arg for arg in args if arg != source], ConvertConfig)
-    if source is None:
+    config, _ = configure(sys.argv[1:], ConvertConfig, positional=('model',))
+    if not config.model:
         raise UserError('no checkpoint was given: python convert_mla.py CKPT --n_latent=N')
     path = checkpoint_path(config.out_dir, 'mla')
     if path.exists():
-        raise UserError(f'out_dir={config.out_dir} has a {path.name} already: give another out_dir')
+        raise UserError(f'out_dir={config.out_dir} has a {path.name} already: give another '
+                        'out_dir')
     device, device_type = pick_device(config.device)
     if device_type == 'mps':  # which has no float64
         device = torch.device('cpu')
-    model, spec = load_model(source, device)
+    trained = load_model(config.model, device)
+    model = trained.model
     if type(model) is not GPT:
-        raise UserError(f'{source} holds a {type(model).__name__}: only a GPT can be converted')
+        raise UserError(f'{config.model} holds a {type(model).__name__}: only a GPT can be '
+                        'converted')
     n_latent = config.n_latent or max(1, model.config.n_embd // 2)
     if n_latent > model.config.n_embd:
-        raise UserError(f'n_latent={n_latent} must be at most n_embd={model.config.n_embd}, which already keeps everything')
-    dataset, data = open_text(config, source, model, spec)
+        raise UserError(f'n_latent={n_latent} must be at most n_embd={model.config.n_embd}, which '
+                        'already keeps everything')
+    data = open_text(config, trained)
 
-    moments = None
+    moments, weighing = None, 'of the weights alone, no text'
     if data and config.calibration_tokens:
-        moments = activation_moments(model, calibration_windows(data, model.config.block_size, config, device))
+        windows = calibration_windows(data, model.config.block_size, config, device)
+        moments = activation_moments(model, windows)
+        weighing = f'weighted by the activations of {data.name}'
     mla, errors = convert(model, n_latent, moments)
     print(describe(model))
     print(describe(mla))
-    weighing = f'weighted by the activations of {dataset}' if moments else 'of the weights alone, no text'
-    print(f'\nrelative error, {weighing}\n\n{"layer":>7}{"keys":>10}{"values":>10}{"both":>10}')
-    for layer, (keys, values, both) in enumerate(errors):
-        print(f'{layer:>7}{keys:>10.4f}{values:>10.4f}{both:>10.4f}')
+    print_errors(errors, weighing)
     if data:
         before, after = (split_loss(m, data.val[:config.val_tokens]) for m in (model, mla))
-        print(f'\nval loss {before:.4f} nats before, {after:.4f} after ({after / before - 1:+.1%})')
+        change = after / before - 1
+        print(f'\nval loss {before:.4f} nats before, {after:.4f} after ({change:+.1%})')
     else:
         print('\nno val loss: give --dataset=NAME, on which the model was trained')
     try:
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, mla, spec, {'dataset': dataset}, 0)
+        settings = {'dataset': data.name if data else ''}
+        save_checkpoint(path, mla, trained.tokenizer, settings, 0)
     except OSError as e:
-        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror or e}): give another') from None
-    print(f'saved {path}; train on with train_mla.py --init_from=resume --out_dir={config.out_dir}')
+        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror or e}): give '
+                        'another') from None
+    print(f'saved {path}; train on with train_mla.py --init_from=resume '
+          f'--out_dir={config.out_dir}')
 
 
 if __name__ == '__main__':

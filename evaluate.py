@@ -1,18 +1,25 @@
 """
 How well a model predicts a text, and how often it picks the right one of several endings:
 
-    python evaluate.py --model=out/ckpt_mla.pt                        the val split of the data that it was trained on
-    python evaluate.py --model=gpt2 --dataset=shakespeare --hellaswag=hellaswag_val.jsonl --json
+    python evaluate.py out/ckpt.pt                  the val split of the data of its training
+    python evaluate.py gpt2 --dataset=shakespeare --hellaswag=hellaswag_val.jsonl --json
 
-Loss is in nats per token, perplexity its exponential. Bits per byte, of the UTF-8 text that the predicted tokens stand for,
-compare models of different tokenizers. The 95 % intervals say what another text of the same kind would give. The tokens of a
-window are no independent draws, and neither are neighbouring windows, so the standard error is that over runs of windows.
+It needs a checkpoint, or GPT-2's weights, and prepared data or a file of questions.
 
-A question is a line of JSON with ctx (or ctx_a and ctx_b), endings and label, as in HellaSwag (Zellers et al. 2019). The model
-reads ctx + ' ' + ending as it stands and picks the likeliest ending: by its log-probability (acc), and by that over its bytes
-in UTF-8 (acc_norm), as lm-evaluation-harness does, which also cleans the text. Their intervals are those of Wilson 1927.
+The loss is in nats per token, and perplexity is its exponential. Bits per byte compare models of
+different tokenizers. They count the UTF-8 bytes of the text that the predicted tokens stand for.
+The 95 % intervals say what another text of the same kind would give. The tokens of a window are no
+independent draws, and neither are neighbouring windows. So the standard error is that over runs of
+windows.
 
-The first head of a k-ahead model answers. Weights stay float32, dtype is that of the arithmetic in the blocks.
+A question is a line of JSON with ctx (or ctx_a and ctx_b), endings and label, as in HellaSwag
+(Zellers et al. 2019). The model reads ctx + ' ' + ending as it stands and picks the likeliest
+ending: by its log-probability (acc), and by that over its UTF-8 bytes (acc_norm).
+lm-evaluation-harness does the same with a text that it cleans first. The intervals of acc are
+those of Wilson 1927.
+
+The first head of a k-ahead model answers. Weights stay float32. dtype is that of the arithmetic in
+the blocks.
 """
 
 import json
@@ -21,6 +28,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from configurator import UserError, check_least, configure, run
+
 import numpy as np
 import torch
 from scipy.special import stdtrit
@@ -28,40 +37,49 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from checkpoint import dataset_of, describe, load_model
-from configurator import UserError, check_least, configure, run
-from data.tokenizer import make_tokenizer
-from dataset import check_ids, open_data
-from device import autocast, pick_device, pick_dtype
+from models import describe
+from runtime.dataset import check_ids
+from runtime.device import autocast, pick_device, pick_dtype
+from runtime.loading import load_model
 from sample import encode
 
 LOGIT_ROWS = 2048  # tokens whose logits are alive at once: 400 MB with GPT-2's vocabulary
-RUNS = 32  # of neighbouring windows; many enough for Student's t, and long enough that one says little about the next
+# Runs of neighbouring windows. They are enough for Student's t, and each is so long that it says
+# little about the next.
+RUNS = 32
 
 
 @dataclass
 class EvaluateConfig:
-    model: str = 'out'  # a checkpoint, an out_dir, the directory of a Hugging Face GPT-2, or a name such as gpt2
-    dataset: str = ''  # prepared data, as the trainer takes it; '': what the checkpoint was trained on
+    model: str = 'out'  # a checkpoint, an out_dir, the directory of a Hugging Face GPT-2, or a
+                        # name such as gpt2
+    dataset: str = ''  # prepared data, as the trainer takes it; '': what the checkpoint was
+                       # trained on
     split: Literal['train', 'val'] = 'val'  # of the dataset
     max_tokens: int = 0  # of the split, from its beginning; 0: all
     hellaswag: str = ''  # a JSON lines file of multiple-choice questions; '': none
     max_questions: int = 0  # of the file, from its beginning; 0: all
     batch_size: int = 8  # windows of block_size side by side, or as many tokens of questions
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast; 'auto': bfloat16 on a GPU
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast; 'auto':
+                                                                       # bfloat16 on a GPU
     json: bool = False  # print one JSON object in place of the table
 
     def __post_init__(self):
         check_least(self, max_tokens=0, max_questions=0, batch_size=1)
         if self.max_tokens == 1:
-            raise ValueError('max_tokens=1 leaves nothing to predict: give at least 2, or 0 for all')
+            raise ValueError('max_tokens=1 leaves nothing to predict: give at least 2, or 0 for '
+                             'all')
+
+
+def progress(items, what):
+    return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 @torch.no_grad()
 def token_losses(model, idx, targets, dtype=torch.float32):
-    """The loss in nats of each of targets (B, T), the tokens after idx (B, T), and 0 where they are -1; of the first head,
-    where a model has several. Float64 on the CPU, (B, T)."""
+    """The loss in nats of each of targets (B, T), the tokens after idx (B, T), and 0 where they
+    are -1. Of several heads the first one counts. Float64 (B, T) on the CPU."""
     with autocast(idx.device.type, dtype):
         x = model.embed(idx)  # (B, T, n_embd)
         for block in model.transformer.h:
@@ -73,17 +91,19 @@ def token_losses(model, idx, targets, dtype=torch.float32):
 def stream_losses(model, x, targets):
     """As token_losses, from the last residual stream x (B, T, n_embd)."""
     asked = targets != -1
-    # outside autocast, since logits of GPT-2 can be near -100, where the steps of bfloat16 are 0.5 wide
-    found = [F.cross_entropy(model.unembed(rows).float(), wanted, reduction='none')
-             for rows, wanted in zip(x[asked].split(LOGIT_ROWS), targets[asked].split(LOGIT_ROWS))]
+    # Not in autocast: logits of GPT-2 can be near -100, where the steps of bfloat16 are 0.5 wide.
+    found = []
+    for rows, wanted in zip(x[asked].split(LOGIT_ROWS), targets[asked].split(LOGIT_ROWS)):
+        logits = model.unembed(rows).float()
+        found.append(F.cross_entropy(logits, wanted, reduction='none'))
     losses = torch.zeros(targets.shape, dtype=torch.float64)
     losses[asked.cpu()] = torch.cat(found).cpu().double()
     return losses
 
 
 def window_losses(model, tokens, dtype=torch.float32, batch_size=64):
-    """The summed losses in nats of windows of block_size that do not overlap, in which every token but the first is predicted
-    once; the last window may be shorter. Float64 (n_windows,)."""
+    """The summed losses in nats of windows of block_size that do not overlap. They predict every
+    token but the first once, and the last one may be shorter. Float64 (n_windows,)."""
     device, block_size = next(model.parameters()).device, model.config.block_size
     starts = range(0, len(tokens) - 1, block_size)
     whole = [i for i in starts if i + block_size < len(tokens)]
@@ -91,23 +111,25 @@ def window_losses(model, tokens, dtype=torch.float32, batch_size=64):
     if len(whole) < len(starts):
         groups.append([starts[-1]])  # the shorter one at the end
     sums = []
-    for group in tqdm(groups, desc='loss', leave=False, disable=not sys.stderr.isatty()):
-        windows = np.stack([tokens[i:i + block_size + 1] for i in group]).astype(np.int64)  # (B, T + 1)
-        windows = torch.from_numpy(windows).to(device)
+    for group in progress(groups, 'loss'):
+        windows = np.stack([tokens[i:i + block_size + 1] for i in group])  # (B, T + 1)
+        windows = torch.from_numpy(windows.astype(np.int64)).to(device)
         sums.append(token_losses(model, windows[:, :-1], windows[:, 1:], dtype).sum(dim=1))
     return torch.cat(sums).numpy()
 
 
 def split_loss(model, tokens, dtype=torch.float32, batch_size=64):
-    """Mean loss in nats of the next token over a whole split: every token but the first is predicted once, from windows of
-    block_size that do not overlap."""
+    """The mean loss in nats of the next token over a whole split, by window_losses."""
     return float(window_losses(model, tokens, dtype, batch_size).sum() / (len(tokens) - 1))
 
 
 def ratio(totals, sizes):
-    """sum(totals) / sum(sizes) over windows in the order of the text, and its 95 % interval by Student's t over RUNS runs of
-    them (over the windows where they are fewer); None for a single window. The error is that of a ratio estimator, in which a
-    window that is shorter, or has fewer bytes, weighs less (Cochran 1977, "Sampling Techniques", chapter 6)."""
+    """sum(totals) / sum(sizes) over windows in the order of the text, and its 95 % interval.
+
+    The interval is that of Student's t over RUNS runs of windows, over the windows where they are
+    fewer, and None for a single window. The error is that of a ratio estimator, in which a window
+    that is shorter, or has fewer bytes, weighs less (Cochran 1977, "Sampling Techniques", chapter
+    6)."""
     value, n = float(totals.sum() / sizes.sum()), min(len(totals), RUNS)
     if n < 2:
         return value, None
@@ -122,15 +144,18 @@ def wilson(right, n):
     """The share of right answers among n, and its 95 % interval, which stays within 0 and 1."""
     z = 1.959964
     centre, margin = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
-    return right / n, [max(0.0, (centre - margin) / (n + z * z)), min(1.0, (centre + margin) / (n + z * z))]
+    low, high = (centre - margin) / (n + z * z), (centre + margin) / (n + z * z)
+    return right / n, [max(0.0, low), min(1.0, high)]
 
 
 def text_scores(model, tokens, tokenizer, dtype, batch_size):
-    """Loss, perplexity and bits per byte of a text, each with its interval. Raises UserError where they are no numbers."""
+    """The loss, perplexity and bits per byte of a text, each with its interval, a dictionary.
+    Raises UserError where they are no numbers."""
     sums = window_losses(model, tokens, dtype, batch_size)
     ends = [*range(0, len(tokens) - 1, model.config.block_size), len(tokens) - 1]
     texts = [tokenizer.to_bytes([i]) for i in range(int(tokens.max()) + 1)]
-    bytes_of = np.array([0 if text == b'<|endoftext|>' else len(text) for text in texts])  # which stands for no text
+    # the end of a document stands for no text
+    bytes_of = np.array([0 if text == b'<|endoftext|>' else len(text) for text in texts])
     n_bytes = np.array([bytes_of[tokens[i + 1:end + 1]].sum() for i, end in zip(ends, ends[1:])])
     if not n_bytes.any():
         raise UserError('the tokens to predict are ends of documents alone: give a longer text')
@@ -140,7 +165,8 @@ def text_scores(model, tokens, tokenizer, dtype, batch_size):
     bits, bits_interval = ratio(sums / math.log(2), n_bytes)
     return {'tokens': len(tokens) - 1, 'bytes': int(n_bytes.sum()), 'windows': len(sums),
             'loss': loss, 'loss_interval': interval,
-            'perplexity': math.exp(loss), 'perplexity_interval': interval and [math.exp(end) for end in interval],
+            'perplexity': math.exp(loss),
+            'perplexity_interval': interval and [math.exp(end) for end in interval],
             'bits_per_byte': bits, 'bits_per_byte_interval': bits_interval}
 
 
@@ -163,27 +189,34 @@ def read_question(line, where, model, tokenizer):
     if not all(isinstance(part, str) for part in parts) or not any(parts):
         raise UserError(f'{where} has no text ctx, nor ctx_a and ctx_b')
     endings, label, block_size = row.get('endings'), row.get('label'), model.config.block_size
-    if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(end, str) and end for end in endings):
-        raise UserError(f'{where}: endings must be a list of two texts or more, none of them empty')
+    several = isinstance(endings, list) and len(endings) >= 2
+    if not several or not all(isinstance(end, str) and end for end in endings):
+        raise UserError(f'{where}: endings must be a list of two texts or more, none of them '
+                        'empty')
     if type(label) not in (int, str) or str(label) not in map(str, range(len(endings))):
-        raise UserError(f'{where}: label={label!r} must be a number from 0 to {len(endings) - 1}, that of the right ending')
-    texts = [' '.join(filter(None, parts))] + [' ' + end for end in endings]
-    context, *ids = [encode(tokenizer, where, text) for text in texts]
+        raise UserError(f'{where}: label={label!r} must be a number from 0 to {len(endings) - 1}, '
+                        'that of the right ending')
+    context = encode(tokenizer, where, ' '.join(filter(None, parts)))
+    ids = [encode(tokenizer, where, ' ' + end) for end in endings]
     longest = max(map(len, ids))
     if longest >= block_size:
-        raise UserError(f'{where} has an ending of {longest} tokens, the model can take block_size - 1 = {block_size - 1}')
+        raise UserError(f'{where} has an ending of {longest} tokens, the model can take '
+                        f'block_size - 1 = {block_size - 1}')
     check_ids(max(map(max, [context, *ids])), model.config.vocab_size, where)
-    return Question(context, ids, np.array([len(end.encode('utf-8', errors='replace')) for end in endings]), int(label))
+    n_bytes = np.array([len(end.encode('utf-8', errors='replace')) for end in endings])
+    return Question(context, ids, n_bytes, int(label))
 
 
 def read_questions(path, max_questions, model, tokenizer):
-    """The first max_questions of a JSON lines file, all for 0; empty lines do not count. Raises UserError."""
+    """The first max_questions of a JSON lines file, all for 0. Empty lines do not count. Raises
+    UserError."""
     questions = []
     try:
         with open(path, encoding='utf-8') as f:
             for number, line in enumerate(f, start=1):
                 if line.strip():
-                    questions.append(read_question(line, f'{path}, line {number}', model, tokenizer))
+                    where = f'{path}, line {number}'
+                    questions.append(read_question(line, where, model, tokenizer))
                 if len(questions) == max_questions > 0:
                     break
     except (OSError, UnicodeDecodeError) as e:
@@ -194,84 +227,113 @@ def read_questions(path, max_questions, model, tokenizer):
 
 
 def ending_losses(model, questions, dtype, batch_size):
-    """The summed losses in nats of the endings of each question, a list of float64 arrays (n_endings,). Of a context that is
-    too long the last tokens are read."""
-    device, block_size, rows, groups = next(model.parameters()).device, model.config.block_size, [], []
-    for context, ending in ((q.context, ending) for q in questions for ending in q.endings):
-        ids = (context + ending)[-block_size - 1:]  # the last one is predicted and not read
-        rows.append((torch.tensor(ids[:-1]), torch.tensor([-1] * (len(ids) - 1 - len(ending)) + ending)))
+    """The summed losses in nats of the endings of each question, a list of float64 arrays
+    (n_endings,). The last tokens of a context that is too long are read."""
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    rows = []  # inputs and targets (T,) of each ending
+    for question in questions:
+        for ending in question.endings:
+            # the last token is predicted and not read
+            ids = (question.context + ending)[-block_size - 1:]
+            targets = [-1] * (len(ids) - 1 - len(ending)) + ending
+            rows.append((torch.tensor(ids[:-1]), torch.tensor(targets)))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # so that little is padded
+    groups = []
     while order:
         count = batch_size * block_size // len(rows[order[0]][0])
         groups.append(order[:count])
         order = order[count:]
     nats = np.zeros(len(rows))
-    for group in tqdm(groups, desc='endings', leave=False, disable=not sys.stderr.isatty()):
-        idx = pad_sequence([rows[i][0] for i in group], batch_first=True)  # on the right, where no token looks
+    for group in progress(groups, 'endings'):
+        # padded on the right, where no token looks
+        idx = pad_sequence([rows[i][0] for i in group], batch_first=True)
         targets = pad_sequence([rows[i][1] for i in group], batch_first=True, padding_value=-1)
-        nats[group] = token_losses(model, idx.to(device), targets.to(device), dtype).sum(dim=1).numpy()
+        losses = token_losses(model, idx.to(device), targets.to(device), dtype)
+        nats[group] = losses.sum(dim=1).numpy()
     return np.split(nats, np.cumsum([len(q.endings) for q in questions])[:-1])
 
 
 def question_scores(model, questions, dtype, batch_size):
-    """acc and acc_norm of Questions, with their intervals, and the share that guessing gets right. Raises UserError where the
-    model gives no numbers."""
+    """acc and acc_norm of Questions, with their intervals, and the share that guessing gets right,
+    a dictionary. Raises UserError where the model gives no numbers."""
     nats, n = ending_losses(model, questions, dtype, batch_size), len(questions)
     if not all(np.isfinite(loss).all() for loss in nats):
-        raise UserError(f'the loss of an ending is no number: the weights are damaged, or too large for {dtype}')
-    acc, interval = wilson(sum(int(loss.argmin() == q.label) for loss, q in zip(nats, questions)), n)
-    acc_norm, norm_interval = wilson(sum(int((loss / q.n_bytes).argmin() == q.label) for loss, q in zip(nats, questions)), n)
-    return {'questions': n, 'chance': float(np.mean([1 / len(q.endings) for q in questions])),
-            'acc': acc, 'acc_interval': interval, 'acc_norm': acc_norm, 'acc_norm_interval': norm_interval}
+        raise UserError('the loss of an ending is no number: the weights are damaged, or too '
+                        f'large for {dtype}')
+    answers = list(zip(nats, questions))
+    right = sum(int(loss.argmin() == q.label) for loss, q in answers)
+    right_norm = sum(int((loss / q.n_bytes).argmin() == q.label) for loss, q in answers)
+    acc, interval = wilson(right, n)
+    acc_norm, norm_interval = wilson(right_norm, n)
+    chance = float(np.mean([1 / len(q.endings) for q in questions]))
+    return {'questions': n, 'chance': chance, 'acc': acc, 'acc_interval': interval,
+            'acc_norm': acc_norm, 'acc_norm_interval': norm_interval}
 
 
-def open_text(config, model, spec, tokenizer):
-    """The name of the dataset and the tokens to evaluate of it; '' and none where no dataset is named but questions are.
-    Raises UserError."""
-    dataset = config.dataset or dataset_of(config.model)
-    if not dataset and config.hellaswag:
-        return '', []
-    if not dataset:
-        raise UserError(f'model={config.model} does not name the data of its training: give --dataset=NAME or --hellaswag=FILE')
-    data = open_data(dataset)
-    if data.tokenizer != spec:
-        raise UserError(f'dataset={dataset} has another vocabulary than the model: use data that was prepared for it')
-    tokens, path = getattr(data, config.split)[:config.max_tokens or None], data.folder / f'{config.split}.bin'
+def open_text(config, trained):
+    """The name of the dataset and the tokens of it to evaluate; '' and none where questions are
+    named and no dataset is. Raises UserError."""
+    if not (config.dataset or trained.dataset):
+        if config.hellaswag:
+            return '', []
+        raise UserError(f'model={config.model} does not name the data of its training: give '
+                        '--dataset=NAME or --hellaswag=FILE')
+    data = trained.open_data(config.dataset)
+    tokens = getattr(data, config.split)[:config.max_tokens or None]
+    path = data.folder / f'{config.split}.bin'
     if len(tokens) < 2:
-        raise UserError(f'{path} has one token, which leaves nothing to predict: give a longer text')
-    check_ids(tokens.max(), min(tokenizer.n_vocab, model.config.vocab_size), path)
-    return dataset, tokens
+        raise UserError(f'{path} has one token, which leaves nothing to predict: give a longer '
+                        'text')
+    check_ids(tokens.max(), trained.n_vocab, path)
+    return data.name, tokens
+
+
+def print_scores(scores):
+    """A table of a line for each score, with its interval."""
+    print(f'\n{"":<43}95 % interval')
+    for key, form, unit in (('loss', '{:.4f}', 'nats/token'), ('perplexity', '{:.3f}', ''),
+                            ('bits_per_byte', '{:.4f}', 'bits/byte'), ('acc', '{:.1%}', ''),
+                            ('acc_norm', '{:.1%}', '')):
+        if key in scores:
+            interval, spread = scores[f'{key}_interval'], 'unknown from a single window'
+            if interval:
+                spread = ' to '.join(map(form.format, interval))
+            name = key.replace('_per_', ' per ')
+            print(f'{name:<18}{form.format(scores[key]):>12} {unit:<12}{spread}')
 
 
 def main():
-    config, _ = configure(sys.argv[1:], EvaluateConfig)
+    config, _ = configure(sys.argv[1:], EvaluateConfig, positional=('model',))
     device, device_type = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device_type)
     torch.set_float32_matmul_precision('high')
-    model, spec = load_model(config.model, device)
-    tokenizer = make_tokenizer(spec)
-    dataset, tokens = open_text(config, model, spec, tokenizer)
-    questions = read_questions(config.hellaswag, config.max_questions, model, tokenizer) if config.hellaswag else []
-    text = text_scores(model, tokens, tokenizer, dtype, config.batch_size) if dataset else {}
-    choice = question_scores(model, questions, dtype, config.batch_size) if questions else {}
+    trained = load_model(config.model, device)
+    model, tokenizer = trained.model, trained.tokenizer
+    dataset, tokens = open_text(config, trained)
+    questions = []
+    if config.hellaswag:
+        questions = read_questions(config.hellaswag, config.max_questions, model, tokenizer)
+
+    text, choice = {}, {}
+    if dataset:
+        text = text_scores(model, tokens, tokenizer, dtype, config.batch_size)
+    if questions:
+        choice = question_scores(model, questions, dtype, config.batch_size)
     if config.json:
-        settings = asdict(config) | {'dataset': dataset, 'dtype': str(dtype).removeprefix('torch.')}
-        print(json.dumps({'model': describe(model), **text, 'hellaswag': choice or None, 'settings': settings}, indent=2))
+        used = {'dataset': dataset, 'dtype': str(dtype).removeprefix('torch.')}
+        result = {'model': describe(model), **text, 'hellaswag': choice or None,
+                  'settings': asdict(config) | used}
+        print(json.dumps(result, indent=2))
         return
     print(describe(model))
     if text:
-        print(f'{config.split} split of {dataset}: {text["tokens"]:,} tokens predicted, {text["bytes"]:,} bytes, '
-              f'windows of {model.config.block_size}: {text["windows"]:,}')
+        print(f'{config.split} split of {dataset}: {text["tokens"]:,} tokens predicted, '
+              f'{text["bytes"]:,} bytes, windows of {model.config.block_size}: '
+              f'{text["windows"]:,}')
     if choice:
-        print(f'{config.hellaswag}: {choice["questions"]:,} questions, of which guessing gets {choice["chance"]:.1%}')
-    print(f'\n{"":<43}95 % interval')
-    scores = text | choice
-    for key, form, unit in (('loss', '{:.4f}', 'nats/token'), ('perplexity', '{:.3f}', ''),
-                            ('bits_per_byte', '{:.4f}', 'bits/byte'), ('acc', '{:.1%}', ''), ('acc_norm', '{:.1%}', '')):
-        if key in scores:
-            interval = scores[f'{key}_interval']
-            spread = ' to '.join(map(form.format, interval)) if interval else 'unknown from a single window'
-            print(f'{key.replace("_per_", " per "):<18}{form.format(scores[key]):>12} {unit:<12}{spread}')
+        print(f'{config.hellaswag}: {choice["questions"]:,} questions, of which guessing gets '
+              f'{choice["chance"]:.1%}')
+    print_scores(text | choice)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,13 @@
-"""Train a GPT_MLA with train.py's loop and keys, and n_latent: python train_mla.py config/train_gpt2_mla.py"""
+"""
+Train a GPT_MLA: train.py with its loop and its keys, and n_latent, the width of the latent.
+
+    python train_mla.py config/train_shakespeare_char_mla.py --n_latent=64
+
+It needs prepared data, such as that of data/shakespeare_char/prepare.py.
+"""
 
 from configurator import run
+
 from model_mla import GPT_MLA
 from train import main
 

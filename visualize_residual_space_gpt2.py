@@ -1,34 +1,35 @@
 """
-The residual stream of a model, flattened to two dimensions: where each token goes, from the embedding through every block.
+The residual stream of a model in two dimensions: where each token goes, from the embedding through
+every block.
 
-    python visualize_residual_space_gpt2.py --model=gpt2 --prompt="The cat sat on the mat" --drop_first --normalize
-    python visualize_residual_space_gpt2.py --model=out_shakespeare_quick/ckpt_mla.pt --repeat=2 --animation
+    python visualize_residual_space_gpt2.py gpt2 --prompt="The cat sat on the mat" --drop_first
+    python visualize_residual_space_gpt2.py out_shakespeare_quick/ckpt_mla.pt --repeat=2 --animation
 
-Two principal components (Pearson 1901) of all tokens at all layers together, or of each layer on its own; the mean over n_embd,
-which every layer norm removes, is taken away first. Fewer tokens and layers can be plotted; the components do not change with
-that.
+It needs a model; without a prompt it takes random tokens. The two dimensions are the principal
+components (Pearson 1901) of all tokens at all layers together, or of each layer on its own. The
+mean over n_embd, which every layer norm removes, is subtracted first. Fewer tokens and layers can
+be plotted, and the components do not change with that.
 
-In GPT-2 a few dimensions are hundreds of times larger than the rest, and the first position has a norm that swallows the
-picture: --drop_first leaves that position out, and --normalize takes every vector as a layer norm hands it on, its length the
-same for all. The picture says which of the two was done.
+In GPT-2 a few dimensions are hundreds of times larger than the rest, and the norm of the first
+position dwarfs all others. --drop_first leaves that position out. --normalize scales every vector
+to the same length, as a layer norm does. The picture says which of the two was done.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Literal
+
+from configurator import UserError, check_least, run
 
 import numpy as np
 import torch
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 
+from analysis import program
 from analysis.plots import token_labels
-from analysis.program import AnalysisConfig, as_json, default_folder, load_subject, make_folder, progress, save, writing_to
 from analysis.record import residual_streams
-from checkpoint import describe
-from configurator import UserError, check_least, configure, run
-from device import pick_device
+from models import describe
 
 MARKERS = 'os^Dv<>Pp*hX'  # of the copies of a repeated sequence
 FRAMES_PER_LAYER = 8
@@ -36,14 +37,18 @@ EMBEDDING = 'embed'
 
 
 @dataclass
-class ResidualConfig(AnalysisConfig):
-    model: str = 'gpt2'  # a checkpoint, an out_dir, the directory of a Hugging Face GPT-2, or a name such as gpt2-xl
-    prompt: str = ''  # the text; FILE:prompt.txt reads it from a file, - from standard input; '': random tokens
+class ResidualConfig(program.AnalysisConfig):
+    model: str = 'gpt2'  # a checkpoint, an out_dir, the directory of a Hugging Face GPT-2, or a
+        # name such as gpt2-xl
+    prompt: str = ''  # the text; FILE:prompt.txt reads it from a file, - from standard input; '':
+        # random tokens
     random_tokens: int = 24  # how many, where there is no prompt
     repeat: int = 1  # copies of the sequence, one after the other
     tokens: str = ''  # which to plot, such as 0:32 or 0,5,9 (numbered from 0); '': all
-    layers: str = ''  # which to plot, such as 0,4,11 or 0:6: after those blocks, embed for before; '': all
-    basis: Literal['shared', 'per_layer'] = 'shared'  # one pair of components for all layers, or one for each
+    layers: str = ''  # which to plot, such as 0,4,11 or 0:6: after those blocks, embed for before;
+        # '': all
+    basis: Literal['shared', 'per_layer'] = 'shared'  # one pair of components for all
+        # layers, or one for each
     drop_first: bool = False  # leave out the first position
     normalize: bool = False  # take each vector as a layer norm hands it on
     labels: bool = True  # write each token beside its point
@@ -61,27 +66,31 @@ class ResidualSpace:
     tokens: list  # texts of the tokens
     copies: list  # which copy of the sequence each token is in, from 0
     places: list  # where in its copy it is, from 0
-    explained: np.ndarray  # (layer, 2) share of the variance that each component explains, of all layers or of its own
+    explained: np.ndarray  # (layer, 2) share of the variance, of all layers or of its own, that
+    # each component explains
     basis: str
     drop_first: bool
     normalize: bool
 
 
 def principal_components(X, count=2):
-    """Of X (samples, n): its mean (n,), the count directions of largest variance (count, n), and the share of the variance
-    that each explains (count,). Fewer than count, where there are fewer samples or dimensions, are filled up with zeros."""
+    """Of X (samples, n): its mean (n,), the count directions of largest variance (count, n), and
+    the share of the variance that each explains (count,). Where there are fewer samples or
+    dimensions than count, the other directions are zeros."""
     mean = X.mean(0)
     _, S, V = np.linalg.svd(X - mean, full_matrices=False)
     components, explained = np.zeros((count, X.shape[1])), np.zeros(count)
-    found = min(count, int((S > 1e-12 * (np.abs(X).max() + 1e-300)).sum()))  # the others are rounding
+    least = 1e-12 * (np.abs(X).max() + 1e-300)  # what is below is rounding
+    found = min(count, int((S > least).sum()))
     components[:found] = V[:found]
     explained[:found] = S[:found] ** 2 / (S ** 2).sum() if found else 0
     return mean, components, explained
 
 
 def project(streams, basis):
-    """streams (layer, token, n) -> coordinates (layer, token, 2) and the share of the variance explained (layer, 2), with
-    one basis for all layers ('shared') or one for each ('per_layer'), whose signs follow from layer to layer."""
+    """streams (layer, token, n) -> coordinates (layer, token, 2) and the share of the variance
+    explained (layer, 2). basis is 'shared' for one basis for all layers, or 'per_layer' for one
+    each, whose signs follow from layer to layer."""
     if basis == 'shared':
         mean, components, explained = principal_components(streams.reshape(-1, streams.shape[-1]))
         return (streams - mean) @ components.T, np.tile(explained, (len(streams), 1))
@@ -89,7 +98,7 @@ def project(streams, basis):
     for X in streams:
         mean, components, explained = principal_components(X)
         own = (X - mean) @ components.T
-        if coordinates:  # a component's sign is free: take the one that agrees with the layer before
+        if coordinates:  # a component's sign is free: take that of the layer before
             own = own * np.where((own * coordinates[-1]).sum(0) < 0, -1, 1)
         coordinates.append(own)
         shares.append(explained)
@@ -104,50 +113,59 @@ def read_numbers(key, text, names):
         elif '-' in text:
             chosen = []
         elif ':' in text:
-            first, last = text.split(':')
+            first, last = (int(end) if end else None for end in text.split(':'))
+            numbers = range(first or 0, len(names) if last is None else last)
             chosen = [i for i, name in enumerate(names) if name != EMBEDDING
-                      and (int(first) if first else 0) <= int(name) < (int(last) if last else len(names))]
+                      and int(name) in numbers]
         else:
-            chosen = list(dict.fromkeys(names.index(part.strip()) for part in text.split(',')))
+            places = [names.index(part.strip()) for part in text.split(',')]
+            chosen = list(dict.fromkeys(places))
     except ValueError:
         chosen = []
     if not chosen:
-        raise UserError(f'{key}={text!r} must be numbers such as 0,2,5 or a range such as 0:6, and there are {names[0]} to '
-                        f'{names[-1]}')
+        raise UserError(f'{key}={text!r} must be numbers such as 0,2,5 or a range such as 0:6, and '
+                        f'there are {names[0]} to {names[-1]}')
     return chosen
 
 
 def sequence(subject, config):
     """The token ids of one copy. Raises UserError."""
     ids = subject.tokens('prompt', config.prompt) if config.prompt else []
-    count, block_size = (len(ids) or config.random_tokens) * config.repeat, subject.model.config.block_size
+    n_once, block_size = len(ids) or config.random_tokens, subject.model.config.block_size
+    count = n_once * config.repeat
     if count > block_size:
+        what = f'prompt of {n_once} tokens' if ids else f'random_tokens={n_once}'
         times = f', repeat={config.repeat} times,' if config.repeat > 1 else ''
-        raise UserError(f"{f'prompt of {len(ids)} tokens' if ids else f'random_tokens={config.random_tokens}'}{times} does not fit "
-                        f'into block_size={block_size}: give fewer')
+        raise UserError(f'{what}{times} does not fit into block_size={block_size}: give fewer')
     if count - config.drop_first < 2:
-        raise UserError(f"{'prompt' if ids else 'random_tokens'}: {count} tokens are too few to compare: give more, or repeat them")
+        raise UserError(f"{'prompt' if ids else 'random_tokens'}: {count} tokens are too few to "
+                        'compare: give more, or repeat them')
     generator = torch.Generator().manual_seed(config.seed)
-    return ids or torch.randint(subject.n_vocab, (config.random_tokens,), generator=generator).tolist()
+    return ids or torch.randint(subject.n_vocab, (n_once,), generator=generator).tolist()
 
 
 def analyse(subject, config):
     once = sequence(subject, config)
-    ids = once * config.repeat
+    ids, dropped = once * config.repeat, int(config.drop_first)
     names = [EMBEDDING, *map(str, range(subject.model.config.n_layer))]
-    layers, tokens = read_numbers('layers', config.layers, names), read_numbers('tokens', config.tokens, [*map(str, range(len(ids)))])
-    streams = residual_streams(subject.model, torch.tensor([ids], device=subject.device))[:, 0].double().cpu().numpy()
-    streams = streams - streams.mean(-1, keepdims=True)  # which no reader sees
-    if config.normalize:
-        streams = streams / np.linalg.norm(streams, axis=-1, keepdims=True).clip(1e-12)
-    dropped = int(config.drop_first)
-    coordinates, explained = project(streams[:, dropped:], config.basis)
+    layers = read_numbers('layers', config.layers, names)
+    tokens = read_numbers('tokens', config.tokens, list(map(str, range(len(ids)))))
     tokens = [t for t in tokens if t >= dropped]
     if not tokens:
-        raise UserError(f'tokens={config.tokens!r} is only the first position, which drop_first leaves out: give others')
-    return ResidualSpace(coordinates[layers][:, [t - dropped for t in tokens]], [names[i] for i in layers],
-                         token_labels(subject.tokenizer, [ids[t] for t in tokens]), [t // len(once) for t in tokens],
-                         [t % len(once) for t in tokens], explained[layers], config.basis, config.drop_first, config.normalize)
+        raise UserError(f'tokens={config.tokens!r} is only the first position, which drop_first '
+                        'leaves out: give others')
+    streams = residual_streams(subject.model, torch.tensor([ids], device=subject.device))
+    streams = streams[:, 0].double().cpu().numpy()  # (n_layer + 1, T, n_embd)
+    streams = streams - streams.mean(-1, keepdims=True)  # no reader sees the mean
+    if config.normalize:
+        streams = streams / np.linalg.norm(streams, axis=-1, keepdims=True).clip(1e-12)
+    coordinates, explained = project(streams[:, dropped:], config.basis)
+    return ResidualSpace(
+        coordinates[layers][:, [t - dropped for t in tokens]], [names[i] for i in layers],
+        token_labels(subject.tokenizer, [ids[t] for t in tokens]),
+        copies=[t // len(once) for t in tokens], places=[t % len(once) for t in tokens],
+        explained=explained[layers], basis=config.basis, drop_first=config.drop_first,
+        normalize=config.normalize)
 
 
 def layer_title(name):
@@ -155,10 +173,11 @@ def layer_title(name):
 
 
 def how(result):
-    parts = ['one basis for all layers' if result.basis == 'shared' else 'a basis for each layer',
-             'vectors normalised' if result.normalize else 'vectors as they are',
-             'first position left out' if result.drop_first else 'with the first position']
-    return ', '.join(parts)
+    """A line that says how a result was computed."""
+    return ', '.join([
+        'one basis for all layers' if result.basis == 'shared' else 'a basis for each layer',
+        'vectors normalised' if result.normalize else 'vectors as they are',
+        'first position left out' if result.drop_first else 'with the first position'])
 
 
 def label_axes(ax, explained):
@@ -168,19 +187,22 @@ def label_axes(ax, explained):
 
 
 def scatter(ax, points, result):
-    """Points (token, 2): the colour is the place in the sequence, the marker tells its copies apart."""
+    """Draw points (token, 2). The colour is the place in the sequence, the marker tells the copies
+    apart."""
     copies, places = np.array(result.copies), np.array(result.places)
     for copy in dict.fromkeys(result.copies):
         mine = copies == copy
-        image = ax.scatter(*points[mine].T, c=places[mine], vmin=0, vmax=max(1, places.max()), cmap='viridis', s=24,
-                           marker=MARKERS[copy % len(MARKERS)], edgecolors='black' if copy else 'none', linewidths=0.7,
+        image = ax.scatter(*points[mine].T, c=places[mine], vmin=0, vmax=max(1, places.max()),
+                           cmap='viridis', s=24, marker=MARKERS[copy % len(MARKERS)],
+                           edgecolors='black' if copy else 'none', linewidths=0.7,
                            label=f'copy {copy + 1}', zorder=3)
     return image
 
 
 def write_labels(ax, points, result):
     for point, text in zip(points, result.tokens):
-        ax.annotate(text, point, (3, 3), textcoords='offset points', fontsize=7, parse_math=False, zorder=4)
+        ax.annotate(text, point, (3, 3), textcoords='offset points', fontsize=7, parse_math=False,
+                    zorder=4)
 
 
 def name_copies(ax, result):
@@ -198,7 +220,8 @@ def draw_grid(name, result, labels=True):
     axes = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared)
     for ax in axes.flat[len(result.layers):]:
         ax.axis('off')
-    for ax, layer, points, explained in zip(axes.flat, result.layers, result.coordinates, result.explained):
+    layers = zip(result.layers, result.coordinates, result.explained)
+    for ax, (layer, points, explained) in zip(axes.flat, layers):
         image = scatter(ax, points, result)
         if labels:
             write_labels(ax, points, result)
@@ -218,15 +241,17 @@ def draw_trajectories(name, result, labels=True):
         ax.plot(*path.T, color='#bbbbbb', linewidth=0.8, zorder=1)
         ax.plot(*path[0], marker='x', color='#888888', markersize=4, zorder=2)
     image = scatter(ax, result.coordinates[-1], result)
+    vmax = max(1, max(result.places))
     for points in result.coordinates[1:-1]:
-        ax.scatter(*points.T, c=result.places, vmin=0, vmax=max(1, max(result.places)), cmap='viridis', s=6, zorder=2)
+        ax.scatter(*points.T, c=result.places, vmin=0, vmax=vmax, cmap='viridis', s=6, zorder=2)
     if labels:
         write_labels(ax, result.coordinates[-1], result)
     label_axes(ax, result.explained[-1])
     if result.basis == 'per_layer':
         ax.set(xlabel='PC 1 of each layer', ylabel='PC 2 of each layer')
-    ax.set_title(f'Residual stream of {name}\nfrom x ({layer_title(result.layers[0])}) to the large point '
-                 f'({layer_title(result.layers[-1])})\n{how(result)}', fontsize=10)
+    first, last = layer_title(result.layers[0]), layer_title(result.layers[-1])
+    ax.set_title(f'Residual stream of {name}\nfrom x ({first}) to the large point ({last})\n'
+                 f'{how(result)}', fontsize=10)
     name_copies(ax, result)
     figure.colorbar(image, ax=ax, label='place in the sequence, from 0', shrink=0.6)
     return figure
@@ -238,41 +263,42 @@ def save_animation(path, name, result, labels=True):
     ax = figure.subplots()
     low, high = result.coordinates.min((0, 1)), result.coordinates.max((0, 1))
     margin = 0.08 * (high - low) + 1e-9
+    (left, bottom), (right, top) = low - margin, high + margin
     writer = PillowWriter(fps=FRAMES_PER_LAYER)
-    steps = np.linspace(0, len(result.layers) - 1, (len(result.layers) - 1) * FRAMES_PER_LAYER + 1)
+    last = len(result.layers) - 1
+    moments = np.linspace(0, last, last * FRAMES_PER_LAYER + 1)
     with writer.saving(figure, path, dpi=90):
-        for step in progress(steps, 'animation'):
-            before, part = int(step), step % 1
-            after = min(before + 1, len(result.layers) - 1)
+        for moment in program.progress(moments, 'animation'):
+            before, part = int(moment), moment % 1
+            after = min(before + 1, last)
             points = (1 - part) * result.coordinates[before] + part * result.coordinates[after]
             ax.clear()
             scatter(ax, points, result)
             if labels:
                 write_labels(ax, points, result)
-            ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+            ax.set(xlim=(left, right), ylim=(bottom, top))
             label_axes(ax, result.explained[before])
-            ax.set_title(f'{name}\n{layer_title(result.layers[round(step)])}', fontsize=9)
+            ax.set_title(f'{name}\n{layer_title(result.layers[round(moment)])}', fontsize=9)
             name_copies(ax, result)
             writer.grab_frame()
 
 
 def main():
-    config, _ = configure(sys.argv[1:], ResidualConfig)
-    device, _ = pick_device(config.device)
-    subject = load_subject(config.model, device)
+    config, subject = program.read_command(ResidualConfig)
     print(describe(subject.model))
     result = analyse(subject, config)
-    out_dir = make_folder(config.out_dir or default_folder(subject))
-    print(f'\n{len(result.tokens)} tokens, {how(result)}; share of the variance in the two components:')
+    out_dir = program.make_folder(config.out_dir or program.default_folder(subject))
+    print(f'\n{len(result.tokens)} tokens, {how(result)}; share of the variance in the two '
+          'components:')
     for layer, (first, second) in zip(result.layers, result.explained):
         print(f'{layer_title(layer):>18}{first:>8.1%}{second:>8.1%}')
-    save('residual_space', as_json(result), {'residual_space': draw_grid(subject.label, result, config.labels),
-                                             'residual_trajectories': draw_trajectories(subject.label, result, config.labels)},
-         config, out_dir)
+    figures = {'residual_space': draw_grid(subject.label, result, config.labels),
+               'residual_trajectories': draw_trajectories(subject.label, result, config.labels)}
+    program.save('residual_space', result, figures, config, out_dir)
     saved = ['residual_space.png', 'residual_trajectories.png', 'residual_space.json']
     if config.animation:
         saved.append('residual_space.gif')
-        with writing_to(out_dir):
+        with program.writing_to(out_dir):
             save_animation(out_dir / saved[-1], subject.label, result, config.labels)
     print(f"\nsaved {', '.join(saved)} in {out_dir}")
 

@@ -1,15 +1,17 @@
 """
-The weights of a model as maps between tokens, residual stream and heads, in a form in which two models that compute the
-same function have the same maps however their weights share it out (Elhage et al. 2021, "A Mathematical Framework for
-Transformer Circuits"):
+The weights of a model as maps between tokens, residual stream and heads (Elhage et al. 2021,
+"A Mathematical Framework for Transformer Circuits"). Two models that compute the same function
+have the same maps, however their weights divide the work:
 
-    the gain of a layer norm belongs to what reads after it    ln_1 is folded into W_Q, W_K, W_V and ln_f into W_U
-    a layer norm takes the mean over n_embd away               so it is taken out of what reads and of what writes
-    a constant added to all logits changes nothing             so W_U is centred over the vocabulary
+    the gain of a layer norm belongs to its readers    ln_1 is folded into W_Q, W_K and W_V,
+                                                       ln_f into W_U
+    a layer norm subtracts the mean over n_embd        readers and writers are centred
+    a constant added to all logits changes nothing     W_U is centred over the vocabulary
 
-Within a head, only the products W_Q W_K^T and W_V W_O have a meaning: W_Q A and W_K A^-T are the same head. All that is
-measured here depends on the products, or on the spaces that they span, alone. Products of rank head_dim are never
-multiplied out. Maps act on row vectors, biases are left out, and all is float64.
+Within a head, only the products W_Q W_K^T and W_V W_O have a meaning: W_Q A and W_K A^-T are the
+same head. So everything measured here depends only on the products, or on the spaces that they
+span. Products of rank head_dim are never multiplied out. Maps act on row vectors, biases are left
+out, and everything is float64.
 """
 
 from copy import deepcopy
@@ -20,7 +22,8 @@ import torch
 
 @dataclass
 class Heads:
-    """The maps of all heads, (n_layer, n_head, n_embd, head_dim) each, but W_O (n_layer, n_head, head_dim, n_embd)."""
+    """The maps of all heads. W_Q, W_K and W_V are (n_layer, n_head, n_embd, head_dim), W_O is
+    (n_layer, n_head, head_dim, n_embd)."""
     W_Q: torch.Tensor
     W_K: torch.Tensor
     W_V: torch.Tensor
@@ -29,7 +32,8 @@ class Heads:
 
 def head_names(model):
     """Layer.head of every head, in the order in which the first two dimensions of Heads flatten."""
-    return [f'{layer}.{head}' for layer in range(model.config.n_layer) for head in range(model.config.n_head)]
+    c = model.config
+    return [f'{layer}.{head}' for layer in range(c.n_layer) for head in range(c.n_head)]
 
 
 def centred(x, dim=-1):
@@ -37,37 +41,40 @@ def centred(x, dim=-1):
 
 
 def fold(layer_norm, W):
-    """W (..., n_embd, n), which reads what a layer norm puts out, as a map of what comes in, up to that vector's size."""
+    """W (..., n_embd, n), which reads the output of a layer norm, as a map of the norm's input
+    divided by its standard deviation."""
     return centred(layer_norm.weight.double()[:, None] * W.double(), dim=-2)
 
 
 @torch.no_grad()
 def folded_heads(model):
-    """The Heads of a model, ln_1 folded in and both sides of the residual stream centred."""
+    """The Heads of a model, with ln_1 folded in and both sides of the residual stream centred."""
     layers = []
     for block in model.transformer.h:
-        *readers, W_O = deepcopy(block.attn).double().head_weights()  # products in float64, whose rank is then exact
+        attn = deepcopy(block.attn).double()  # products in float64 have their exact rank
+        *readers, W_O = attn.head_weights()
         layers.append([*(fold(block.ln_1, W) for W in readers), centred(W_O.double())])
     return Heads(*(torch.stack(maps) for maps in zip(*layers)))
 
 
 @torch.no_grad()
 def folded_unembedding(model, n_vocab):
-    """W_U (n_embd, n_vocab): ln_f folded in, centred over the n_vocab tokens that mean something."""
+    """W_U (n_embd, n_vocab): ln_f folded in, centred over the n_vocab tokens that mean
+    something."""
     return centred(fold(model.transformer.ln_f, model.lm_head.weight[:n_vocab].T))
 
 
 @torch.no_grad()
 def folded_embedding(model, n_vocab):
-    """W_E (n_vocab, n_embd): each token's embedding, its mean taken away as every reader does."""
+    """W_E (n_vocab, n_embd): the embeddings less their mean, which every reader subtracts."""
     return centred(model.transformer.wte.weight[:n_vocab].double())
 
 
 @torch.no_grad()
 def token_vectors(model, ids, first_mlp=True):
-    """What an attention reads of the tokens ids (n,) each alone, before the gain of its layer norm: the embedding, with
-    first_mlp also what the first MLP adds to it (Wang et al. 2023, section 3.1), centred and scaled to variance 1:
-    (n, n_embd)."""
+    """What an attention reads of each of the tokens ids (n,) alone, before the gain of its layer
+    norm: the embedding, centred and scaled to variance 1, (n, n_embd). With first_mlp, what the
+    first MLP adds to the embedding is included (Wang et al. 2023, section 3.1)."""
     x = model.transformer.wte.weight[ids]
     if first_mlp:
         block = model.transformer.h[0]
@@ -76,14 +83,15 @@ def token_vectors(model, ids, first_mlp=True):
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
-def triangle(X):
-    """R (..., r, r) with X^T X = R^T R, for X (..., n, r): what X does to lengths, without where it points."""
+def r_factor(X):
+    """R (..., r, r) of the QR factorisation of X (..., n, r). X^T X = R^T R, so R has the lengths
+    and angles of X."""
     return torch.linalg.qr(X, mode='r').R
 
 
 def product_singular_values(A, B):
     """The r singular values of A B, for A (..., n, r) and B (..., r, m), largest first."""
-    return torch.linalg.svdvals(triangle(A) @ triangle(B.mT).mT)
+    return torch.linalg.svdvals(r_factor(A) @ r_factor(B.mT).mT)
 
 
 def orthonormal(X):
@@ -93,6 +101,7 @@ def orthonormal(X):
 
 
 def joint_reading_space(heads, layer):
-    """An orthonormal basis (n_embd, rank) of all that the keys and values of a layer's heads read together. For MLA this is
-    what its latent sees; for MHA it is in general the whole residual stream."""
+    """An orthonormal basis (n_embd, rank) of what the keys and values of a layer's heads read
+    together. For MLA this is what the latent reads. For MHA it is in general the whole residual
+    stream."""
     return orthonormal(torch.cat([*heads.W_K[layer], *heads.W_V[layer]], dim=-1))

@@ -1,26 +1,31 @@
 """
 Which heads feed which: what one head writes is read by the queries, keys or values of a later one.
 
-Elhage et al. 2021, "Analyzing a Two-Layer Model", for maps of row vectors, with OV = W_V W_O and QK = W_Q W_K^T:
+    python -m analysis.composition out/ckpt.pt
+
+It needs a model of two layers or more, and no text. The scores are those of Elhage et al. 2021,
+"Analyzing a Two-Layer Model", for maps of row vectors, with OV = W_V W_O and QK = W_Q W_K^T:
 
     Q-composition    |OV_1 QK_2|    / (|OV_1| |QK_2|)
     K-composition    |OV_1 QK_2^T|  / (|OV_1| |QK_2|)
     V-composition    |OV_1 OV_2|    / (|OV_1| |OV_2|)          in Frobenius norms
 
-less what random matrices of the same shape give, so that 0 is chance. 1 is possible for maps of rank 1 alone: two that use
-all of r directions alike, the same ones, have 1 / sqrt(r). Chance and its spread are those of heads that share nothing; the heads of an
-MLA layer share its latent, and where they have learned nothing their scores scatter somewhat more around the same mean.
+The scores of random matrices of the same shape are subtracted, so that 0 is chance. Only maps of
+rank 1 reach 1: two maps that use the same r directions equally have 1 / sqrt(r). Chance and its
+spread are those of heads that share nothing. The heads of an MLA layer share its latent. Where
+they have learned nothing, their scores scatter somewhat more around the same mean.
 """
 
 from dataclasses import dataclass
 
+from configurator import UserError, check_least, run
+
 import numpy as np
 import torch
 
-from analysis.circuits import Heads, centred, folded_heads, head_names, triangle
-from analysis.plots import Panel, draw_panels, symmetric
+from analysis.circuits import Heads, centred, folded_heads, head_names, r_factor
+from analysis.plots import Panel, draw_panels, field_maps, symmetric
 from analysis.program import AnalysisConfig, main, progress
-from configurator import UserError, check_least, run
 
 KINDS = {'q': 'Q', 'k': 'K', 'v': 'V'}
 
@@ -38,11 +43,13 @@ class Config(AnalysisConfig):
 @dataclass
 class Composition:
     names: list  # layer.head of each head
-    q: np.ndarray  # (heads, heads) Q-composition of the row's output with the column's query, less chance; nan where the
-    k: np.ndarray  # column does not come in a later layer
-    v: np.ndarray
+    # (heads, heads) Q-composition of the row's output with the column's query, less chance; nan
+    # where the column is not in a later layer
+    q: np.ndarray
+    k: np.ndarray  # the same for keys
+    v: np.ndarray  # and values
     chance: dict  # of each kind, the mean over random pairs
-    chance_spread: dict  # and its standard deviation
+    chance_spread: dict  # of each kind, the standard deviation over random pairs
     top: int
 
 
@@ -51,14 +58,17 @@ def norms(X):
 
 
 def compositions(first, second):
-    """Q-, K- and V-composition of every head of first with every head of second, both Heads of shape (n, head, ...) that
-    flatten: three tensors (heads, heads)."""
+    """Q-, K- and V-composition of every head of first with every head of second, both Heads. Their
+    first two dimensions are flattened to one. A dictionary of three tensors (heads, heads)."""
     W_V, W_O = first.W_V.flatten(0, 1), first.W_O.flatten(0, 1)
-    # a factor with orthonormal columns or rows does not change a Frobenius norm, so that of W_V only its triangle is needed
-    writes = triangle(W_V) @ W_O  # (heads, head_dim, n_embd), in place of OV_1
-    Q, K = second.W_Q.flatten(0, 1), second.W_K.flatten(0, 1)
-    V, O = second.W_V.flatten(0, 1), second.W_O.flatten(0, 1)
-    reads = {'q': Q @ triangle(K).mT, 'k': K @ triangle(Q).mT, 'v': V @ triangle(O.mT).mT}  # each (heads, n_embd, head_dim)
+    # A factor with orthonormal columns or rows does not change a Frobenius norm, so the R of the
+    # QR factorisation can replace one factor of each product.
+    writes = r_factor(W_V) @ W_O  # (heads, head_dim, n_embd), in place of OV_1
+    Q, K, V = (W.flatten(0, 1) for W in (second.W_Q, second.W_K, second.W_V))
+    out = second.W_O.flatten(0, 1)
+    reads = {'q': Q @ r_factor(K).mT,  # each (heads, n_embd, head_dim)
+             'k': K @ r_factor(Q).mT,
+             'v': V @ r_factor(out.mT).mT}
     size = norms(writes)
     scores = {}
     for kind, read in reads.items():
@@ -67,64 +77,78 @@ def compositions(first, second):
     return scores
 
 
+def random_heads(n_embd, head_dim, generator):
+    """The Heads of one head whose entries are independent and normal."""
+    def draw(*shape):
+        return torch.randn(1, 1, *shape, dtype=torch.float64, generator=generator)
+    readers = [centred(draw(n_embd, head_dim), -2) for _ in range(3)]
+    return Heads(*readers, centred(draw(head_dim, n_embd)))
+
+
 def chance(n_embd, head_dim, pairs, seed):
-    """Mean and standard deviation of each composition over pairs of heads whose entries are independent and normal."""
+    """Mean and standard deviation of each composition over pairs of random heads."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {kind: [] for kind in KINDS}
     for _ in range(pairs):
-        one, other = (Heads(*(centred(torch.randn(1, 1, n_embd, head_dim, dtype=torch.float64, generator=generator), -2)
-                              for _ in range(3)),
-                            centred(torch.randn(1, 1, head_dim, n_embd, dtype=torch.float64, generator=generator)))
-                      for _ in range(2))
+        one, other = (random_heads(n_embd, head_dim, generator) for _ in range(2))
         for kind, score in compositions(one, other).items():
             drawn[kind].append(score.item())
-    return {kind: float(np.mean(values)) for kind, values in drawn.items()}, \
-        {kind: float(np.std(values)) for kind, values in drawn.items()}
+    means = {kind: float(np.mean(values)) for kind, values in drawn.items()}
+    spreads = {kind: float(np.std(values)) for kind, values in drawn.items()}
+    return means, spreads
 
 
 def layers(heads, which):
+    """The Heads of some layers, a slice."""
     return Heads(heads.W_Q[which], heads.W_K[which], heads.W_V[which], heads.W_O[which])
 
 
 def analyse(subject, config):
     c = subject.model.config
     if c.n_layer < 2:
-        raise UserError('composition is between heads of different layers, and n_layer=1: take a model with more')
+        raise UserError('composition is between heads of different layers, and n_layer=1: take a '
+                        'model with more')
     heads = folded_heads(subject.model)
     means, spreads = chance(c.n_embd, c.n_embd // c.n_head, config.random_pairs, config.seed)
-    result = {kind: np.full((c.n_layer * c.n_head,) * 2, np.nan) for kind in KINDS}
+    n_heads = c.n_layer * c.n_head
+    result = {kind: np.full((n_heads, n_heads), np.nan) for kind in KINDS}
     for layer in progress(range(1, c.n_layer), 'composition'):
-        later = slice(layer * c.n_head, (layer + 1) * c.n_head)
-        for kind, scores in compositions(layers(heads, slice(layer)), layers(heads, slice(layer, layer + 1))).items():
-            result[kind][:layer * c.n_head, later] = scores.cpu().numpy() - means[kind]
-    return Composition(head_names(subject.model), **result, chance=means, chance_spread=spreads, top=config.top)
+        start = layer * c.n_head
+        earlier, own = layers(heads, slice(layer)), layers(heads, slice(layer, layer + 1))
+        for kind, scores in compositions(earlier, own).items():
+            result[kind][:start, start:start + c.n_head] = scores.cpu().numpy() - means[kind]
+    return Composition(head_names(subject.model), **result, chance=means, chance_spread=spreads,
+                       top=config.top)
 
 
 def strongest(result, kind, count):
-    """(score, writer, reader) of the pairs with the highest scores."""
+    """(score, writer, reader) of the count pairs with the highest scores, highest first."""
     scores = getattr(result, kind)
     order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=None, kind='stable')[:count]
-    places = [np.unravel_index(place, scores.shape) for place in order]
-    return [(scores[i, j], result.names[i], result.names[j]) for i, j in places if np.isfinite(scores[i, j])]
+    pairs = [np.unravel_index(place, scores.shape) for place in order]
+    return [(scores[i, j], result.names[i], result.names[j]) for i, j in pairs
+            if np.isfinite(scores[i, j])]
 
 
 def table(result):
     lines = []
     for kind, name in KINDS.items():
-        lines.append(f'{name}-composition, less chance ({result.chance[kind]:.3f} +- {result.chance_spread[kind]:.3f}), '
+        lines.append(f'{name}-composition, less chance ({result.chance[kind]:.3f} +- '
+                     f'{result.chance_spread[kind]:.3f}), '
                      f'mean {np.nanmean(getattr(result, kind)):+.3f}')
-        lines += [f'   {writer:>5} -> {reader:<5} {score:+.3f}' for score, writer, reader in strongest(result, kind, result.top)]
+        for score, writer, reader in strongest(result, kind, result.top):
+            lines.append(f'   {writer:>5} -> {reader:<5} {score:+.3f}')
     return '\n'.join(lines)
 
 
 def plot(results):
+    names = {label: (result.names, result.names) for label, result in results.items()}
     panels = []
     for kind, name in KINDS.items():
-        maps = {label: getattr(result, kind) for label, result in results.items()}
+        maps = field_maps(results, kind)
         end = symmetric(maps)
-        panels.append(Panel(f'{name}-composition', maps, 'score less chance', -end, end, 'RdBu_r', 'head that writes',
-                            'head that reads', numbers=False,
-                            names={label: (result.names,) * 2 for label, result in results.items()}))
+        panels.append(Panel(f'{name}-composition', maps, 'score less chance', -end, end, 'RdBu_r',
+                            'head that writes', 'head that reads', numbers=False, names=names))
     return draw_panels('Which heads feed which (grey: not in a later layer)', panels)
 
 

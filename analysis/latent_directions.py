@@ -1,20 +1,28 @@
 """
 What an MLA latent stores: the tokens that excite its directions, and what heads write for them.
 
-A latent c = W_E^T x can be written in any basis (W_E A and A^-1 W_K, A^-1 W_V are the same model), so the singular values of
-W_E alone mean nothing. What counts is what the heads make of it. All maps out of a layer's latent, side by side, are
+    python -m analysis.latent_directions out/ckpt_mla.pt
 
-    M = [W_E W_K,h W_Q,h^T / |all of these| for each head,  W_E W_V,h W_O,h / |all of these| for each head]
+It needs an MLA model and no text. A latent c = W_E^T x can be written in any basis (W_E A and
+A^-1 W_K, A^-1 W_V are the same model), so the singular values of W_E alone mean nothing. What
+counts is how the heads use it. All maps out of a layer's latent, side by side, are
 
-its left singular vectors are the directions of x in the order in which the layer's attention reacts to them, keys and values
-counting the same. Tokens that excite a direction are those whose embedding (behind the first MLP, from layer 1 on) has the
-largest part along it; what a head writes for it is W_V W_O W_U.
+    M = [W_E W_K,h W_Q,h^T / |all of these| for each head h,
+         W_E W_V,h W_O,h / |all of these| for each head h]
 
-Who uses the latent: with G_K and G_V the Gram matrices of the two halves of M over the latent, the eigenvalues l of
-G_K against G_K + G_V are the same in any basis: 1 for a direction of the latent that keys alone read, 0 for values alone.
+The left singular vectors of M are directions of x, in the order in which the layer's attention
+reacts to them. Keys and values count the same. The tokens that excite a direction are those whose
+embedding (from layer 1 on: behind the first MLP) has the largest part along it. What a head writes
+for it is W_V W_O W_U.
+
+Who uses the latent: let G_K and G_V be the Gram matrices of the two halves of M over the latent.
+The eigenvalues l of G_K against G_K + G_V are the same in any basis: 1 for a direction of the
+latent that keys alone read, 0 for values alone.
 """
 
 from dataclasses import dataclass
+
+from configurator import UserError, check_least, run
 
 import numpy as np
 import torch
@@ -23,7 +31,6 @@ from matplotlib.figure import Figure
 from analysis.circuits import folded_heads, folded_unembedding, joint_reading_space, token_vectors
 from analysis.plots import token_labels
 from analysis.program import AnalysisConfig, main, progress
-from configurator import UserError, check_least, run
 
 
 @dataclass
@@ -42,12 +49,12 @@ class Config(AnalysisConfig):
 @dataclass
 class Direction:
     """Of the residual stream, into one layer's latent. Its sign is free, so both ends are given."""
-    strength: float  # singular value of M, of which the squares add up to 2
+    strength: float  # singular value of M; the squares of all of them add up to 2
     key_share: float  # of its square that is due to keys
     excite: list  # texts of the tokens that go furthest along it
     inhibit: list  # and against it
-    writes: list  # for each head: texts of the tokens whose logits it raises most, where the direction is excited
-    suppresses: list
+    writes: list  # for each head: texts of the tokens whose logits an excited direction raises most
+    suppresses: list  # and lowers most
     head_strength: list  # for each head: the length of what it writes, over that of the direction
 
 
@@ -63,9 +70,12 @@ class LatentDirections:
 
 
 def users(heads, layer, basis):
-    """G_K and G_V (rank, rank): what keys and values make of each direction of basis (n_embd, rank), each of trace 1."""
+    """G_K and G_V (rank, rank), each of trace 1: how keys and values use the directions of basis
+    (n_embd, rank)."""
+    keys = heads.W_K[layer], heads.W_Q[layer].mT
+    values = heads.W_V[layer], heads.W_O[layer]
     grams = []
-    for reads, goes_on in ((heads.W_K[layer], heads.W_Q[layer].mT), (heads.W_V[layer], heads.W_O[layer])):
+    for reads, goes_on in (keys, values):
         half = basis.mT @ reads @ goes_on  # (n_head, rank, n_embd)
         gram = (half @ half.mT).sum(0)
         grams.append(gram / gram.trace().clamp_min(1e-300))
@@ -73,72 +83,101 @@ def users(heads, layer, basis):
 
 
 def key_shares(G_K, G_V):
-    """The eigenvalues l of G_K v = l (G_K + G_V) v, largest first: the part of the keys in each direction, whatever the
-    basis. Directions that nobody uses do not occur."""
+    """The eigenvalues l of G_K v = l (G_K + G_V) v, largest first: the part of the keys in each
+    direction, whatever the basis. Directions that nobody uses do not occur."""
     total, directions = torch.linalg.eigh(G_K + G_V)
     used = total > total.max() * 1e-12
     whiten = directions[:, used] / total[used].sqrt()
     return torch.linalg.eigvalsh(whiten.mT @ G_K @ whiten).flip(-1).clamp(0, 1)
 
 
-def analyse(subject, config):
-    model, n_vocab = subject.model, subject.n_vocab
-    heads = folded_heads(model)
-    n_layer, n_embd = len(heads.W_Q), model.config.n_embd
+def find_latents(subject, heads):
+    """A basis (n_embd, rank) of what each layer's latent reads. Raises UserError for a model that
+    has no latent."""
+    n_layer, _, n_embd, _ = heads.W_Q.shape
     latents = [joint_reading_space(heads, layer) for layer in range(n_layer)]
     if any(latent.size(1) >= n_embd - 1 for latent in latents):
-        raise UserError(f'latent_directions needs a latent narrower than the residual stream, and the keys and values of '
-                        f'{subject.source} read all {n_embd} dimensions, as those of MHA do: give an MLA model')
+        raise UserError('latent_directions needs a latent narrower than the residual stream, and '
+                        f'the keys and values of {subject.source} read all {n_embd} dimensions, as '
+                        'those of MHA do: give an MLA model')
     if not all(latent.size(1) for latent in latents):
-        raise UserError(f'the keys and values of {subject.source} read nothing in some layer: give a trained model')
-    W_U = folded_unembedding(model, n_vocab)
-    result = LatentDirections([], [], *np.zeros((3, n_layer)), [], config.alone)
-    labels = token_labels(subject.tokenizer, range(n_vocab))
+        raise UserError(f'the keys and values of {subject.source} read nothing in some layer: give '
+                        'a trained model')
+    return latents
 
-    def furthest(along):
+
+class Vocabulary:
+    """The tokens of a model, with which directions of the residual stream are compared."""
+
+    def __init__(self, subject, count):
+        model, n_vocab = subject.model, subject.n_vocab
+        ids = torch.arange(n_vocab, device=subject.device).split(8192)
+        # (n_vocab, n_embd) the embeddings, and with what the first MLP adds
+        self.bare, self.behind_mlp = (
+            torch.cat([token_vectors(model, part, first_mlp) for part in ids])
+            for first_mlp in (False, True))
+        self.W_U = folded_unembedding(model, n_vocab)
+        self.labels = token_labels(subject.tokenizer, range(n_vocab))
+        self.count = min(count, n_vocab)  # tokens to name at either end
+
+    def furthest(self, along):
         """Texts of the tokens at the two ends of along (n_vocab,)."""
-        count = min(config.tokens, n_vocab)
-        return [[labels[i] for i in (sign * along).topk(count).indices.tolist()] for sign in (1, -1)]
-    ids = torch.arange(n_vocab, device=subject.device).split(8192)
-    bare, behind_mlp = (torch.cat([token_vectors(model, part, first_mlp) for part in ids]) for first_mlp in (False, True))
-    for layer in progress(range(n_layer), 'latent directions'):
-        basis = latents[layer]
+        return [[self.labels[i] for i in (sign * along).topk(self.count).indices.tolist()]
+                for sign in (1, -1)]
+
+
+def describe_direction(u, strength, key_share, heads, layer, vocabulary):
+    """The Direction of u (n_embd,), which leads into the latent of a layer."""
+    tokens = vocabulary.behind_mlp if layer else vocabulary.bare
+    along = tokens @ u
+    sign = along[along.abs().argmax()].sign()  # the end that is excited most comes first
+    u, (excite, inhibit) = sign * u, vocabulary.furthest(sign * along)
+    written = [u @ W_V @ W_O for W_V, W_O in zip(heads.W_V[layer], heads.W_O[layer])]
+    writes, suppresses = zip(*(vocabulary.furthest(one @ vocabulary.W_U) for one in written))
+    return Direction(strength, key_share, excite, inhibit, list(writes), list(suppresses),
+                     [one.norm().item() for one in written])
+
+
+def analyse(subject, config):
+    heads = folded_heads(subject.model)
+    latents = find_latents(subject, heads)
+    vocabulary = Vocabulary(subject, config.tokens)
+    result = LatentDirections([], [], *np.zeros((3, len(latents))), [], config.alone)
+    for layer, basis in enumerate(progress(latents, 'latent directions')):
         G_K, G_V = users(heads, layer, basis)
-        squares, vectors = torch.linalg.eigh(G_K + G_V)
-        strengths, vectors = squares.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+        squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(G_K + G_V))
+        strengths = squares.clamp_min(0).sqrt().tolist()
         shares = key_shares(G_K, G_V)
-        result.strengths.append(strengths.tolist())
+        result.strengths.append(strengths)
         result.key_share.append(shares.tolist())
         result.keys_alone[layer] = (shares >= config.alone).double().mean()
         result.values_alone[layer] = (shares <= 1 - config.alone).double().mean()
         result.both[layer] = 1 - result.keys_alone[layer] - result.values_alone[layer]
-        tokens = behind_mlp if layer else bare
         found = []
         for number in range(min(config.directions, len(strengths))):
-            u = basis @ vectors[:, number]  # (n_embd,)
-            along = tokens @ u
-            sign = along[along.abs().argmax()].sign()  # the end that is excited most comes first
-            u, (excite, inhibit) = sign * u, furthest(sign * along)
-            written = [u @ W_V @ W_O for W_V, W_O in zip(heads.W_V[layer], heads.W_O[layer])]
-            ends = [furthest(one @ W_U) for one in written]
-            key_part = (vectors[:, number] @ G_K @ vectors[:, number] / squares.flip(-1)[number].clamp_min(1e-300)).item()
-            found.append(Direction(strengths[number].item(), key_part, excite, inhibit, *map(list, zip(*ends)),
-                                   [one.norm().item() for one in written]))
+            v = vectors[:, number]  # (rank,)
+            key_share = (v @ G_K @ v / squares[number].clamp_min(1e-300)).item()
+            found.append(describe_direction(basis @ v, strengths[number], key_share, heads, layer,
+                                            vocabulary))
         result.directions.append(found)
     return result
 
 
 def table(result):
-    lines = [f'{"layer":>5}{"keys alone":>12}{"values alone":>14}{"both":>7}      share of the latent (alone: {result.alone:.0%} or '
-             'more)']
-    lines += [f'{layer:>5}{keys:>12.0%}{values:>14.0%}{both:>7.0%}' for layer, (keys, values, both) in
-              enumerate(zip(result.keys_alone, result.values_alone, result.both))]
-    lines += ['', 'the strongest direction of each layer: part of the keys, tokens at both ends -> what the head that it moves '
-              'most writes']
-    for layer, (d, *_) in enumerate(result.directions):
-        head = int(np.argmax(d.head_strength))
-        lines.append(f'{layer:>5}{d.key_share:>6.0%}   {" ".join(d.excite[:4])}  |  {" ".join(d.inhibit[:4])}  ->  {layer}.{head}  '
-                     f'{" ".join(d.writes[head][:4])}  |  {" ".join(d.suppresses[head][:4])}')
+    lines = [f'{"layer":>5}{"keys alone":>12}{"values alone":>14}{"both":>7}      share of the '
+             f'latent (alone: {result.alone:.0%} or more)']
+    shares = zip(result.keys_alone, result.values_alone, result.both)
+    for layer, (keys, values, both) in enumerate(shares):
+        lines.append(f'{layer:>5}{keys:>12.0%}{values:>14.0%}{both:>7.0%}')
+    lines += ['', 'the strongest direction of each layer: part of the keys, tokens at both ends -> '
+                  'what the head that it moves most writes']
+    for layer, (direction, *_) in enumerate(result.directions):
+        head = int(np.argmax(direction.head_strength))
+        excite, inhibit, writes, suppresses = (
+            ' '.join(texts[:4]) for texts in (direction.excite, direction.inhibit,
+                                              direction.writes[head], direction.suppresses[head]))
+        lines.append(f'{layer:>5}{direction.key_share:>6.0%}   {excite}  |  {inhibit}  ->  '
+                     f'{layer}.{head}  {writes}  |  {suppresses}')
     return '\n'.join(lines)
 
 
@@ -147,18 +186,19 @@ def plot(results):
     figure.suptitle('What the latent stores, layer by layer', fontsize=11)
     axes = figure.subplots(2, len(results), squeeze=False, sharey='row')
     for (top, bottom), (name, result) in zip(axes.T, results.items()):
-        layers = np.arange(len(result.keys_alone))
-        colors = [f'C{layer % 10}' for layer in layers]
-        for strengths, shares, layer, color in zip(result.strengths, result.key_share, layers, colors):
-            top.semilogy(np.arange(1, len(strengths) + 1), np.maximum(strengths, 1e-6), color=color, label=f'layer {layer}')
+        for layer, (strengths, shares) in enumerate(zip(result.strengths, result.key_share)):
+            color, number = f'C{layer % 10}', np.arange(1, len(strengths) + 1)
+            top.semilogy(number, np.maximum(strengths, 1e-6), color=color, label=f'layer {layer}')
             bottom.plot(np.linspace(0, 1, len(shares)), shares, color=color)
-        top.set(title=f'{name}\nhow strongly attention reacts to each direction', xlabel='direction', ylabel='singular value of M')
+        top.set(title=f'{name}\nhow strongly attention reacts to each direction',
+                xlabel='direction', ylabel='singular value of M')
         top.legend(fontsize=7)
         bottom.axhspan(result.alone, 1, color='C0', alpha=0.12)
         bottom.axhspan(0, 1 - result.alone, color='C1', alpha=0.12)
         bottom.text(0.98, 0.95, 'keys alone', ha='right', va='center', fontsize=8)
         bottom.text(0.02, 0.05, 'values alone', ha='left', va='center', fontsize=8)
-        bottom.set(title='who uses it', xlabel="share of the latent's dimensions", ylabel='part of the keys', ylim=(0, 1))
+        bottom.set(title='who uses it', xlabel="share of the latent's dimensions",
+                   ylabel='part of the keys', ylim=(0, 1))
     return figure
 
 

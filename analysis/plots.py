@@ -1,4 +1,5 @@
-"""Pictures that several analyses draw: maps of numbers, models side by side on one scale."""
+"""Pictures that several analyses draw: maps of numbers, with the models side by side on one
+scale."""
 
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 
 @dataclass
 class Panel:
-    """A part of a picture: a number for every cell, of every model."""
+    """A part of a picture: a map of numbers for each model."""
     title: str
     maps: dict  # name of the model -> array (rows, columns); nan is left grey
     unit: str  # of the colour bar
@@ -18,42 +19,57 @@ class Panel:
     rows: str = 'layer'
     columns: str = 'head'
     numbers: bool = True  # written into the cells of a small map
-    names: dict | None = None  # name of the model -> what its rows and what its columns are called, two lists
+    names: dict | None = None  # name of the model -> names of its rows and of its columns
+
+
+def field_maps(results, field):
+    """One field of each result, by the name of its model: the maps of a Panel."""
+    return {name: getattr(result, field) for name, result in results.items()}
 
 
 def name_cells(ax, rows, columns):
-    """What the rows and columns of a map are called, as many as can be read."""
+    """Write the names of rows and columns beside a map, as many as can be read."""
     for names, set_ticks, rotation in ((rows, ax.set_yticks, 0), (columns, ax.set_xticks, 90)):
         step = -(-len(names) // 24)
         set_ticks(range(0, len(names), step), names[::step], rotation=rotation, fontsize=7)
 
 
-def draw_map(ax, values, panel, low, high, small):
-    image = ax.imshow(values, vmin=low, vmax=high, cmap=panel.colors, aspect='auto', interpolation='nearest')
+def draw_map(ax, values, panel, low, high):
+    image = ax.imshow(values, vmin=low, vmax=high, cmap=panel.colors, aspect='auto',
+                      interpolation='nearest')
     ax.set_facecolor('#dddddd')
     ax.set_xlabel(panel.columns)
     ax.set_ylabel(panel.rows)
-    if not panel.numbers or not small:
-        return image
-    digits = 2 if max(abs(low), abs(high)) >= 0.1 else 3 if max(abs(low), abs(high)) >= 0.01 else 4
-    ax.set_xticks(range(values.shape[1]))
-    ax.set_yticks(range(values.shape[0]))
-    for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            ax.text(j, i, f'{value:.{digits}f}', ha='center', va='center', fontsize=7, color='white' if dark else 'black')
+    rows, columns = values.shape
+    if panel.numbers and rows <= 16 and columns <= 8:
+        ax.set_xticks(range(columns))
+        ax.set_yticks(range(rows))
+        write_numbers(ax, image, values, max(abs(low), abs(high)))
     return image
 
 
+def write_numbers(ax, image, values, largest):
+    """Write each number into its cell, with digits that suit the largest one."""
+    digits = 2 if largest >= 0.1 else 3 if largest >= 0.01 else 4
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isfinite(value):
+            continue
+        red, green, blue, _ = image.cmap(image.norm(value))
+        is_dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+        ax.text(j, i, f'{value:.{digits}f}', ha='center', va='center', fontsize=7,
+                color='white' if is_dark else 'black')
+
+
 def draw_panels(title, panels):
-    """A Figure of Panels, in each of which the models stand side by side on one colour scale."""
-    names = list(panels[0].maps)
+    """A Figure of Panels. In each of them the models stand side by side on one colour scale."""
+    n_models = len(panels[0].maps)
     rows = max(len(values) for panel in panels for values in panel.maps.values())
     height = 1.1 + 0.24 * min(max(rows, 4), 12)
-    side_by_side = min(len(panels), 3 if len(names) == 1 else 2 if len(panels) > 3 else 1)
+    width = 1.1 + 3.5 * n_models
+    most = 3 if n_models == 1 else 2 if len(panels) > 3 else 1
+    side_by_side = min(len(panels), most)
     n_rows = -(-len(panels) // side_by_side)
-    figure = Figure(figsize=(side_by_side * (1.1 + 3.5 * len(names)), 0.5 + height * n_rows), layout='constrained')
+    figure = Figure(figsize=(side_by_side * width, 0.5 + height * n_rows), layout='constrained')
     figure.suptitle(title, fontsize=12)
     boxes = figure.subfigures(n_rows, side_by_side, squeeze=False)
     for box, panel in zip(boxes.flat, panels):
@@ -68,8 +84,7 @@ def draw_panel(box, panel):
     high = numbers.max() if panel.high is None else panel.high
     axes = box.subplots(1, len(panel.maps), squeeze=False)[0]
     for ax, (name, values) in zip(axes, panel.maps.items()):
-        values = np.asarray(values, dtype=float)
-        image = draw_map(ax, values, panel, low, high, small=values.shape[0] <= 16 and values.shape[1] <= 8)
+        image = draw_map(ax, np.asarray(values, dtype=float), panel, low, high)
         if panel.names:
             name_cells(ax, *panel.names[name])
         ax.set_title(f'{panel.title}\n{name}' if len(panel.maps) > 1 else panel.title, fontsize=9)
@@ -78,10 +93,12 @@ def draw_panel(box, panel):
 
 def symmetric(maps, at_least=1e-12):
     """The end of a colour scale around zero that fits all the maps."""
-    return max([at_least, *(float(np.abs(values[np.isfinite(values)]).max(initial=0)) for values in maps.values())])
+    ends = [float(np.abs(values[np.isfinite(values)]).max(initial=0)) for values in maps.values()]
+    return max([at_least, *ends])
 
 
 def token_labels(tokenizer, ids):
-    """What the tokens say, with their white space visible. To draw them, set parse_math=False: a $ is a $."""
+    """The texts of tokens, with their white space visible. Draw them with parse_math=False, since
+    a $ is a $."""
     marks = str.maketrans({'\n': '↵', ' ': '␣', '\t': '⇥'})
     return [tokenizer.decode([i]).translate(marks) for i in ids]

@@ -1,11 +1,13 @@
 """
-What every analysis does beside its question: read the settings, load the model, show a table, save picture and numbers.
+What every analysis does beside its question: read the settings, load the model, print a table,
+save the picture and the numbers.
 
 An analysis is a module with a docstring, a Config, and three functions:
 
     analyse(subject, config)     the numbers, a dataclass of arrays
     table(result)                the short answer as text
-    plot(results)                a matplotlib Figure of one or more results by the names of their models, on one scale
+    plot(results)                a matplotlib Figure of one or more results, a dictionary by the
+                                 names of their models, on one scale
 """
 
 import dataclasses
@@ -15,18 +17,17 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+
+from configurator import UserError, check_least, configure
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import dataset_of, describe, load_model
-from configurator import UserError, check_least, configure
-from data.tokenizer import make_tokenizer
-from dataset import open_data
-from device import pick_device
+from models import describe
+from runtime.device import pick_device
+from runtime.loading import Trained, load_model
 from sample import encode, read_prompt
 
 BATCH_TOKENS = 2048  # at once
@@ -34,7 +35,8 @@ BATCH_TOKENS = 2048  # at once
 
 @dataclass
 class AnalysisConfig:
-    model: str = ''  # a checkpoint, an out_dir, the directory of a Hugging Face GPT-2, or a name such as gpt2
+    model: str = ''  # a checkpoint, an out_dir, the directory of a Hugging Face GPT-2, or a name
+        # such as gpt2
     out_dir: str = ''  # where picture and numbers go; '': out_analysis/ and the name of the model
     seed: int = 1337  # of all that is drawn at random
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
@@ -44,82 +46,84 @@ class AnalysisConfig:
 
 
 @dataclass
-class Subject:
-    """A model under the knife."""
-    model: torch.nn.Module
-    spec: str | list  # what tokenizes its text
-    source: str
+class Subject(Trained):
+    """The trained model that an analysis is about."""
     label: str = ''  # what pictures call it; '': the end of source
 
     def __post_init__(self):
         self.label = self.label or '/'.join(Path(self.source).parts[-2:])
-
-    @cached_property
-    def tokenizer(self):
-        return make_tokenizer(self.spec)
-
-    @property
-    def n_vocab(self):
-        """The tokens that mean something; vocab_size may be padded beyond them."""
-        return min(self.model.config.vocab_size, self.tokenizer.n_vocab)
 
     @property
     def device(self):
         return self.model.lm_head.weight.device
 
     def tokens(self, key, text):
-        """The ids of the text that was given for key, as read_prompt takes it, a list. Raises UserError."""
+        """The ids, a list, of the text that was given for key, as read_prompt takes it. Raises
+        UserError."""
         return encode(self.tokenizer, key, read_prompt(key, text))
 
     def windows(self, text, max_tokens, length):
-        """The first windows of length + 1 tokens of a text, up to max_tokens together but at least one, in batches
-        (B, length + 1) of about BATCH_TOKENS. text is '' for the val split that the checkpoint names, FILE:path, or a dataset.
-        Raises UserError where there is none or it is too short."""
+        """The first windows of length + 1 tokens of a text, in batches (B, length + 1) of about
+        BATCH_TOKENS. They have at most max_tokens together, but there is at least one.
+
+        text is '' for the val split of the data that the model was trained on, FILE:path, or a
+        dataset. Raises UserError where there is none or it is too short.
+        """
         ids = text_tokens(self, text)
         span = length + 1
         if len(ids) < span:
-            raise UserError(f'text={text!r} has {len(ids):,} tokens, and {span:,} are needed: give a longer one')
+            raise UserError(f'text={text!r} has {len(ids):,} tokens, and {span:,} are needed: give '
+                            'a longer one')
         count = min(max(1, max_tokens // length), len(ids) // span)
         ids = torch.from_numpy(np.array(ids[:count * span], dtype=np.int64)).view(count, span)
         return ids.to(self.device).split(max(1, BATCH_TOKENS // length))
 
 
 def text_tokens(subject, text):
-    """The ids of a text as Subject.windows takes it."""
+    """The ids of a text as Subject.windows takes it. Raises UserError."""
     if text.startswith('FILE:'):
         return subject.tokens('text', text)
-    name = text or dataset_of(subject.source)
-    if not name:
-        raise UserError(f'text is empty, and {subject.source} names no dataset of its own: give --text=FILE:book.txt or a '
-                        'dataset')
-    data = open_data(name)
+    try:
+        data = subject.open_data(text, key='text')
+    except UserError as e:
+        raise UserError(f'{e}, or --text=FILE:book.txt') from None
     data.check(1, subject.model.config.vocab_size)
-    if data.tokenizer != subject.spec:
-        raise UserError(f'text={name} has another vocabulary than the model: give the data that it was trained on, or '
-                        '--text=FILE:book.txt')
     return data.val
 
 
 def load_subject(source, device, key='model'):
-    """The Subject at source, whose weights are float32. Raises UserError."""
+    """The Subject at source, whose weights are float32. key is the setting that names source.
+    Raises UserError."""
     if not source:
-        raise UserError(f'{key} is empty: give --{key}=CHECKPOINT, an out_dir, a Hugging Face directory, or gpt2')
-    model, spec = load_model(source, device)
-    for name, p in model.named_parameters():
+        raise UserError(f'{key} is empty: give --{key}=CHECKPOINT, an out_dir, a Hugging Face '
+                        'directory, or gpt2')
+    subject = Subject(**vars(load_model(source, device)))
+    for name, p in subject.model.named_parameters():
         if not p.isfinite().all():
-            raise UserError(f'{key}={source} has weights that are not finite, in {name}: give another checkpoint')
-    return Subject(model, spec, source)
+            raise UserError(f'{key}={source} has weights that are not finite, in {name}: give '
+                            'another checkpoint')
+    return subject
 
 
 def progress(items, what):
     return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
-def main(name, Config, analyse, table, plot, plot_prompt=None):
-    """The program of one analysis. plot_prompt(label, result), if given, may return a second Figure."""
-    config, _ = configure(sys.argv[1:], Config)
+def read_command(config_class):
+    """Read the command line of an analysis into a config_class, and load the model that it names.
+    The models may be given without --model= and --other=. Returns config and Subject. Raises
+    UserError."""
+    keys = [f.name for f in dataclasses.fields(config_class)]
+    models = [key for key in ('model', 'other') if key in keys]
+    config, _ = configure(sys.argv[1:], config_class, positional=models)
     device, _ = pick_device(config.device)
-    subject = load_subject(config.model, device)
+    return config, load_subject(config.model, device)
+
+
+def main(name, Config, analyse, table, plot, plot_prompt=None):
+    """The program of one analysis. plot_prompt(label, result), if given, may return a second
+    Figure."""
+    config, subject = read_command(Config)
     print(describe(subject.model))
     out_dir = make_folder(config.out_dir or default_folder(subject))
     result = analyse(subject, config)
@@ -127,24 +131,26 @@ def main(name, Config, analyse, table, plot, plot_prompt=None):
     figures = {name: plot({subject.label: result})}
     if plot_prompt and (figure := plot_prompt(subject.label, result)):
         figures[f'{name}_prompt'] = figure
-    save(name, as_json(result), figures, config, out_dir)
-    print(f"saved {', '.join(f'{picture}.png' for picture in figures)} and {name}.json in {out_dir}")
+    save(name, result, figures, config, out_dir)
+    pictures = ', '.join(f'{picture}.png' for picture in figures)
+    print(f'saved {pictures} and {name}.json in {out_dir}')
 
 
 def default_folder(subject):
-    """A folder of its own for each model, so that the numbers of one do not replace those of another: in out_analysis, what
-    leads from here to the model."""
+    """The folder in out_analysis for a model's results: the path from here to the model. So the
+    numbers of one model do not replace those of another."""
     parts = Path(os.path.relpath(subject.source)).parts
     return Path('out_analysis', *(part.removesuffix('.pt') for part in parts if part != '..'))
 
 
 @contextmanager
 def writing_to(out_dir):
-    """What is written meanwhile, with what goes wrong as a UserError."""
+    """Raise a UserError for what goes wrong in writing to out_dir."""
     try:
         yield
     except OSError as e:
-        raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror or e}): give another') from None
+        raise UserError(f'out_dir={out_dir} cannot be written to ({e.strerror or e}): give another'
+                        ) from None
 
 
 def make_folder(out_dir):
@@ -153,17 +159,19 @@ def make_folder(out_dir):
     return Path(out_dir)
 
 
-def save(name, numbers, figures, config, out_dir):
-    """Write figures, by name, and the numbers, a dictionary, with the settings that led to them. Raises UserError."""
+def save(name, result, figures, config, out_dir):
+    """Write the figures, a dictionary by name, and the numbers of result, a dataclass or a
+    dictionary, with the settings that led to them. Raises UserError."""
     with writing_to(out_dir):
         for picture, figure in figures.items():
             figure.savefig(out_dir / f'{picture}.png', dpi=110)
-        text = json.dumps({'settings': dataclasses.asdict(config), **numbers}, allow_nan=False)
+        numbers = {'settings': dataclasses.asdict(config), **as_json(result)}
+        text = json.dumps(numbers, allow_nan=False)
         (out_dir / f'{name}.json').write_text(text + '\n')
 
 
 def as_json(value):
-    """A result as plain lists and numbers of six digits; what is not finite is null."""
+    """A result as plain lists and numbers of six digits. What is not finite becomes None."""
     if dataclasses.is_dataclass(value):
         return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (np.ndarray, torch.Tensor)):
@@ -178,7 +186,8 @@ def as_json(value):
 
 
 def top_heads(scores, count=None, threshold=None):
-    """(layer, head) of the highest scores (n_layer, n_head), highest first; above threshold, if there is one."""
+    """(layer, head) of the highest scores (n_layer, n_head), highest first: all, or count of them,
+    or those above threshold."""
     order = np.argsort(-scores, axis=None, kind='stable')[:count]
     pairs = [tuple(map(int, np.unravel_index(place, scores.shape))) for place in order]
     return [pair for pair in pairs if threshold is None or scores[pair] > threshold]

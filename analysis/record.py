@@ -1,8 +1,9 @@
 """
-Run a model once and hand over what happened, a block at a time, so that no more than one block's attention patterns is
-ever alive. What a head adds to the residual stream can be changed on the way, which is all that ablation and patching need.
+Run a model once and hand over what happened, one block at a time. So the attention patterns of no
+more than one block are alive. The output of a head can be changed on the way: ablation and
+patching need nothing else.
 
-It goes through the seams that both attentions have (heads, c_proj), so it never asks which one a model has.
+Both attentions have heads() and c_proj, so nothing here asks which one a model has.
 """
 
 from dataclasses import dataclass
@@ -20,37 +21,39 @@ class BlockRecord:
     q: torch.Tensor  # (B, n_head, T, head_dim)
     k: torch.Tensor
     v: torch.Tensor
-    z: torch.Tensor  # (B, n_head, T, head_dim) the values as each head weighs them
+    z: torch.Tensor  # (B, n_head, T, head_dim) each head's output: values weighted by attention
     attention_out: torch.Tensor  # (B, T, n_embd)
     mlp_out: torch.Tensor  # (B, T, n_embd)
     after: torch.Tensor  # (B, T, n_embd) before + attention_out + mlp_out
 
     def pattern(self):
-        """The attention pattern: softmax(q k^T / sqrt(head_dim)) over the tokens so far (B, n_head, T, T)."""
+        """The attention pattern: causal softmax(q k^T / sqrt(head_dim)), (B, n_head, T, T)."""
         T, head_dim = self.q.shape[-2:]
         later = torch.ones(T, T, dtype=torch.bool, device=self.q.device).triu(1)
-        return (self.q @ self.k.mT * head_dim ** -0.5).masked_fill_(later, -torch.inf).softmax(dim=-1)
+        scores = self.q @ self.k.mT * head_dim ** -0.5
+        return scores.masked_fill_(later, -torch.inf).softmax(dim=-1)
 
 
 def record(model, idx, edit=None):
-    """Run model (a GPT of any kind, in eval mode) on idx (B, T) and yield a BlockRecord for each block in turn.
+    """Run model (a GPT of any kind, in eval mode) on idx (B, T). Yield a BlockRecord per block.
 
-    edit(layer, z), if given, returns what takes the place of z (B, n_head, T, head_dim) in that block.
+    edit(layer, z), if given, returns what replaces z (B, n_head, T, head_dim) in that layer.
     Raises ValueError for more tokens than block_size.
     """
     model.check_length(idx.size(1))
     with torch.no_grad():
         x = model.embed(idx)
-    return go_on(model, x, 0, edit)
+    return run_from(model, x, 0, edit)
 
 
 @torch.no_grad()
-def go_on(model, x, layer, edit=None):
-    """As record, from the residual stream x (B, T, n_embd) that enters the block of that number."""
+def run_from(model, x, layer, edit=None):
+    """As record, from the residual stream x (B, T, n_embd) that enters the block number layer."""
     for number in range(layer, len(model.transformer.h)):
         block = model.transformer.h[number]
         q, k, v = block.attn.heads(block.ln_1(x))
-        z = attend(q, k, v).unflatten(-1, (q.size(1), -1)).transpose(1, 2)  # (B, n_head, T, head_dim)
+        n_head = q.size(1)
+        z = attend(q, k, v).unflatten(-1, (n_head, -1)).transpose(1, 2)  # (B, n_head, T, head_dim)
         if edit is not None:
             z = edit(number, z)
         attention_out = block.attn.c_proj(z.transpose(1, 2).flatten(2))
@@ -60,27 +63,42 @@ def go_on(model, x, layer, edit=None):
         x = after
 
 
-def last(records):
-    """The residual stream (B, T, n_embd) at the end of a run, of which nothing else is kept."""
-    for done in records:
+def edit_head(layer, head, change):
+    """An edit for record: the output z (B, T, head_dim) of one head becomes change(z)."""
+    def edit(number, z):
+        if number == layer:
+            z = z.clone()
+            z[:, head] = change(z[:, head])
+        return z
+    return edit
+
+
+def final_stream(records):
+    """The residual stream (B, T, n_embd) at the end of a run. Nothing else of the run is kept."""
+    for block in records:
         pass
-    return done.after
+    return block.after
 
 
 def residual_streams(model, idx):
-    """The residual stream after the embedding and after each block, for idx (B, T): (n_layer + 1, B, T, n_embd)."""
+    """The residual stream after the embedding and after each block, for idx (B, T):
+    (n_layer + 1, B, T, n_embd)."""
     streams = []
-    for done in record(model, idx):
-        streams += [done.before, done.after] if done.layer == 0 else [done.after]
+    for block in record(model, idx):
+        if block.layer == 0:
+            streams.append(block.before)
+        streams.append(block.after)
     return torch.stack(streams)
 
 
 def repeated_tokens(n_vocab, sequences, length, seed):
-    """Random token ids, each sequence twice: (sequences, 2 * length) of int64. Within a copy no token comes twice,
-    so that what precedes a token in the text determines it, unless the vocabulary is smaller than length."""
+    """Random token ids, each sequence twice: (sequences, 2 * length) of int64. No token occurs
+    twice in a copy, so each token determines the next one. A vocabulary smaller than length makes
+    an exception."""
     generator = torch.Generator().manual_seed(seed)
     if n_vocab < length:
         once = torch.randint(n_vocab, (sequences, length), generator=generator)
     else:
-        once = torch.stack([torch.randperm(n_vocab, generator=generator)[:length] for _ in range(sequences)])
+        once = torch.stack([torch.randperm(n_vocab, generator=generator)[:length]
+                            for _ in range(sequences)])
     return once.repeat(1, 2)

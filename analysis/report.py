@@ -1,49 +1,59 @@
 """
 All of it for an MHA and an MLA model side by side, in one file: report.html.
 
-    python -m analysis.report --model=out_shakespeare_quick/ckpt.pt --other=out_shakespeare_quick/ckpt_mla.pt
+    python -m analysis.report out_shakespeare_quick/ckpt.pt out_shakespeare_quick/ckpt_mla.pt
+
+It needs two models. An analysis that cannot serve one of them is left out, and the report says
+why. The pictures and numbers of each analysis lie beside report.html.
 """
 
 import base64
 import html
-import sys
 from dataclasses import dataclass, fields
-from functools import partial
 from importlib import import_module
 
-from analysis.program import AnalysisConfig, as_json, load_subject, make_folder, progress, save, text_tokens, writing_to
-from checkpoint import describe, find_checkpoint, is_hugging_face
-from configurator import UserError, configure, run
-from device import pick_device
+from configurator import UserError, run
+
+from analysis import program
+from models import MODELS, describe
+from runtime.loading import find_checkpoint, is_hugging_face
 
 PARTS = {
-    'induction_heads': 'The prefix-matching score is the mean attention, over the second copy of repeated random tokens, to the '
-                       'token that followed the same token in the first copy: 1 is a perfect induction head.',
-    'attention_patterns': 'Mean attention to the previous, the current and the first token and to the last occurrence of the same '
-                          'one, and the entropy of attention as a share of that of even attention, over repeated random tokens.',
-    'copying': 'Eigenvalues of the full OV circuit (1: reading a token raises its own logit, -1: lowers it), and how often a head '
-               'alone puts a token that it reads among the five likeliest, or the five unlikeliest.',
-    'composition': 'How much of what a head writes is read by the query, key and value side of each later head, less what random '
-                   'matrices of the same shape give.',
-    'ioi': 'After "When Mary and John walked to the store, John gave a drink to": logit of Mary less that of John, what each head '
-           'adds to it directly, and how much of it comes back when one head is patched into a prompt with other names.',
-    'subspaces': 'Overlap (mean squared cosine of the principal angles) of the spaces that heads write to and read their keys and '
-                 'values from: 1 is the same space.',
-    'latent_directions': 'Directions of the residual stream in the order in which attention reacts to them through the latent, and '
-                         'the part that keys have in each direction of the latent: 1 is used by keys alone, 0 by values alone.',
-    'spectrum': 'Singular values of W_Q W_K^T and W_V W_O of every head, in the weights and over a text; effective rank; and how '
-                'many lie beyond the edge of noise.',
-    'ablation': 'How much the loss, and the difference between the loss late and early in the context, change with each head at '
-                'zero or at its mean.',
-    'similarity': 'CKA of the residual streams of the two models on the same text, after the embedding (0) and each block, and of '
-                  'what their heads write: 1 is the same up to rotation and scale.',
+    'induction_heads': 'The prefix-matching score is the mean attention, over the second copy of '
+        'repeated random tokens, to the token that followed the same token in the first copy: 1 is '
+        'a perfect induction head.',
+    'attention_patterns': 'Mean attention to the previous, the current and the first token and to '
+        'the last occurrence of the same one, and the entropy of attention as a share of that of '
+        'even attention, over repeated random tokens.',
+    'copying': 'Eigenvalues of the full OV circuit (1: reading a token raises its own logit, -1: '
+        'lowers it), and how often a head alone puts a token that it reads among the five '
+        'likeliest, or the five unlikeliest.',
+    'composition': 'How much of what a head writes is read by the query, key and value side of '
+        'each later head, less what random matrices of the same shape give.',
+    'ioi': 'After "When Mary and John walked to the store, John gave a drink to": logit of Mary '
+        'less that of John, what each head adds to it directly, and how much of it comes back when '
+        'one head is patched into a prompt with other names.',
+    'subspaces': 'Overlap (mean squared cosine of the principal angles) of the spaces that heads '
+        'write to and read their keys and values from: 1 is the same space.',
+    'latent_directions': 'Directions of the residual stream in the order in which attention reacts '
+        'to them through the latent, and the part that keys have in each direction of the latent: '
+        '1 is used by keys alone, 0 by values alone.',
+    'spectrum': 'Singular values of W_Q W_K^T and W_V W_O of every head, in the weights and over a '
+        'text; effective rank; and how many lie beyond the edge of noise.',
+    'ablation': 'How much the loss, and the difference between the loss late and early in the '
+        'context, change with each head at zero or at its mean.',
+    'similarity': 'CKA of the residual streams of the two models on the same text, after the '
+        'embedding (0) and each block, and of what their heads write: 1 is the same up to rotation '
+        'and scale.',
 }
-LABELS = {'gpt': 'MHA', 'mla': 'MLA', 'k_ahead': 'k ahead'}
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>MHA and MLA taken apart</title><style>
-body {{ font-family: sans-serif; max-width: 1500px; margin: 2em auto; padding: 0 1em; line-height: 1.45; }}
-pre {{ background: #f5f5f5; padding: 0.8em; overflow-x: auto; font-size: 0.8em; flex: 1 1 30em; margin: 0.3em; }}
-.tables {{ display: flex; flex-wrap: wrap; }} img {{ max-width: 100%; }} .left-out {{ color: #a04000; }}
+body {{ font-family: sans-serif; max-width: 1500px; margin: 2em auto; padding: 0 1em; \
+line-height: 1.45; }}
+pre {{ background: #f5f5f5; padding: 0.8em; overflow-x: auto; font-size: 0.8em; \
+flex: 1 1 30em; margin: 0.3em; }}
+.tables {{ display: flex; flex-wrap: wrap; }} img {{ max-width: 100%; }} \
+.left-out {{ color: #a04000; }}
 </style></head><body>
 {body}
 </body></html>
@@ -51,31 +61,33 @@ pre {{ background: #f5f5f5; padding: 0.8em; overflow-x: auto; font-size: 0.8em; 
 
 
 @dataclass
-class Config(AnalysisConfig):
+class Config(program.AnalysisConfig):
     model: str = ''  # the MHA model: a checkpoint, an out_dir, a Hugging Face directory, or gpt2
     other: str = ''  # the MLA model, or another one
-    out_dir: str = ''  # where report.html goes, and picture and numbers of each part; '': out_report
-    text: str = ''  # for the parts that read one: FILE:book.txt or a dataset; '': the val split that each checkpoint names
+    out_dir: str = ''  # where report.html goes, and picture and numbers of each part; '':
+        # out_report
+    text: str = ''  # for the parts that read one: FILE:book.txt or a dataset; '': the val split
+        # that each checkpoint names
 
 
 def settings(module, config, source):
-    """The Config of one part of the report, all but what the report's own keys say at its default."""
+    """The Config of one part of the report. What the report has no key for is at its default."""
     known = {f.name for f in fields(module.Config)}
-    given = {key: getattr(config, key) for key in ('out_dir', 'seed', 'device', 'text', 'other') if key in known}
-    return module.Config(**given | {'model': source})
+    shared = [key for key in ('out_dir', 'seed', 'device', 'text', 'other') if key in known]
+    return module.Config(model=source, **{key: getattr(config, key) for key in shared})
 
 
 def run_part(name, subjects, config):
-    """The module of one analysis, its results by the names of the models, and a line for each that it could not serve."""
+    """The module of one analysis, its results by the names of the models, and a line for each
+    model that it could not serve."""
     module, results, left_out = import_module(f'analysis.{name}'), {}, []
     if name == 'similarity':
-        runs = {' and '.join(subjects): lambda: module.compare(*subjects.values(), settings(module, config, config.model))}
+        jobs = {' and '.join(subjects): (module.compare, *subjects.values())}
     else:
-        runs = {label: partial(module.analyse, subject, settings(module, config, subject.source))
-                for label, subject in subjects.items()}
-    for label, analyse in runs.items():
+        jobs = {label: (module.analyse, subject) for label, subject in subjects.items()}
+    for label, (analyse, *models) in jobs.items():
         try:
-            results[label] = analyse()
+            results[label] = analyse(*models, settings(module, config, models[0].source))
         except UserError as e:
             left_out.append(f'{label}: {e}')
     return module, results, left_out
@@ -84,14 +96,25 @@ def run_part(name, subjects, config):
 def section(name, module, results, left_out, out_dir):
     """The HTML of one part."""
     parts = [f'<h2 id="{name}">{name.replace("_", " ")}</h2>', f'<p>{html.escape(PARTS[name])}</p>']
-    parts += [f'<p class="left-out">Left out for {html.escape(line)}</p>' for line in left_out]
+    for line in left_out:
+        parts.append(f'<p class="left-out">Left out for {html.escape(line)}</p>')
     if results:
         picture = base64.b64encode((out_dir / f'{name}.png').read_bytes()).decode()
         parts.append(f'<img alt="{name}" src="data:image/png;base64,{picture}">')
-        tables = (f'<pre><b>{html.escape(label)}</b>\n\n{html.escape(module.table(result))}</pre>'
-                  for label, result in results.items())
+        tables = [f'<pre><b>{html.escape(label)}</b>\n\n{html.escape(module.table(result))}</pre>'
+                  for label, result in results.items()]
         parts.append(f'<div class="tables">{"".join(tables)}</div>')
     return '\n'.join(parts)
+
+
+def heading(subjects):
+    """The HTML before the parts: a title, the models and links."""
+    parts = ['<h1>MHA and MLA taken apart</h1>', '<ul>']
+    for label, subject in subjects.items():
+        source, model = html.escape(subject.source), html.escape(describe(subject.model))
+        parts.append(f'<li><b>{html.escape(label)}</b>: {source}, {model}</li>')
+    links = ' '.join(f'<a href="#{name}">{name.replace("_", " ")}</a>' for name in PARTS)
+    return '\n'.join([*parts, '</ul>', f'<p>{links}</p>'])
 
 
 def same_model(source, other):
@@ -101,38 +124,42 @@ def same_model(source, other):
     return find_checkpoint(source).resolve() == find_checkpoint(other).resolve()
 
 
-def main():
-    config, _ = configure(sys.argv[1:], Config)
-    device, _ = pick_device(config.device)
-    pair = [load_subject(config.model, device), load_subject(config.other, device, key='other')]
-    labels = [LABELS[subject.model.model_type] for subject in pair]
+def load_pair():
+    """The Config of the command line, and the two Subjects by their labels. Raises UserError."""
+    config, subject = program.read_command(Config)
+    pair = [subject, program.load_subject(config.other, subject.device, key='other')]
     if same_model(config.model, config.other):
-        raise UserError(f'other={config.other!r} is the same as model={config.model!r}: give another')
+        raise UserError(f'other={config.other!r} is the same as model={config.model!r}: give '
+                        'another')
+    labels = [MODELS[subject.model.model_type].label for subject in pair]
     if labels[0] == labels[1]:
         labels = [f'{label}, {subject.source}' for label, subject in zip(labels, pair)]
-    if config.text:
-        for subject in pair:
-            text_tokens(subject, config.text)  # a mistake in it is said before the work, not after
-    subjects = dict(zip(labels, pair))
-    for label, subject in subjects.items():
+    for label, subject in zip(labels, pair):
         subject.label = label
-    out_dir = make_folder(config.out_dir or 'out_report')
-    body = ['<h1>MHA and MLA taken apart</h1>', '<ul>']
+        if config.text:  # report a mistake in it before the work, not after
+            program.text_tokens(subject, config.text)
+    return config, dict(zip(labels, pair))
+
+
+def main():
+    config, subjects = load_pair()
+    out_dir = program.make_folder(config.out_dir or 'out_report')
     for label, subject in subjects.items():
         print(f'{label}: {describe(subject.model)}')
-        body.append(f'<li><b>{html.escape(label)}</b>: {html.escape(subject.source)}, {html.escape(describe(subject.model))}</li>')
-    body += ['</ul>', '<p>' + ' '.join(f'<a href="#{name}">{name.replace("_", " ")}</a>' for name in PARTS) + '</p>']
-    for name in progress(list(PARTS), 'report'):
+    body = [heading(subjects)]
+    sources = {label: subject.source for label, subject in subjects.items()}
+    for name in program.progress(list(PARTS), 'report'):
         module, results, left_out = run_part(name, subjects, config)
         if results:
-            sources = {label: subject.source for label, subject in subjects.items()}
-            save(name, {'models': sources, **as_json(results)}, {name: module.plot(results)},
+            figures = {name: module.plot(results)}
+            program.save(name, {'models': sources, **results}, figures,
                  settings(module, config, config.model), out_dir)
         for line in left_out:
             print(f'{name}: left out for {line}')
         body.append(section(name, module, results, left_out, out_dir))
-    with writing_to(out_dir):
-        (out_dir / 'report.html').write_text(PAGE.format(body='\n'.join(body)), encoding='utf-8')
+    with program.writing_to(out_dir):
+        page = PAGE.format(body='\n'.join(body))
+        (out_dir / 'report.html').write_text(page, encoding='utf-8')
     print(f'saved {out_dir / "report.html"}')
 
 

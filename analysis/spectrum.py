@@ -1,28 +1,41 @@
 """
 How much rank is used: singular values of W_Q W_K^T and W_V W_O, in the weights and over a text.
 
-    effective rank    exp(entropy of the singular values over their sum) (Roy and Vetterli 2007), 1 to head_dim
-    outliers          singular values beyond what noise of the same shape reaches once in a thousand times
+    python -m analysis.spectrum out/ckpt.pt
+    python -m analysis.spectrum gpt2 --text=FILE:book.txt
 
-Noise has a known edge. The eigenvalues of X^T X for a matrix X (n, p) of independent entries end at
-(1 + sqrt(p/n))^2 times their mean (Marchenko and Pastur 1967); for products of such matrices, as W_Q W_K^T is one, the edge
-follows from the S-transform of free probability (Burda et al. 2010): with c_1, c_2, ... the number p of eigenvalues over each of
-the other dimensions, they are at most the minimum over z > 0 of (1 + z) / z * (1 + c_1 z)(1 + c_2 z)... The mean is taken
-over what is no outlier.
+It needs a model. Without a text, only the weights are analysed.
 
-MLA's keys and values are read through a narrower latent, and so would noise be: one factor more, and a wider edge. Outliers are
-counted against both: noise through the model's own latent, of which a model that has learned nothing has none, and noise
-without one (common), the same yardstick for both attentions. The two can order MHA and MLA differently.
-Noise here has entries of one variance. Gains of ln_1 that differ by half or more between dimensions look like outliers too.
+    effective rank    exp(entropy of the singular values over their sum), 1 to head_dim
+                      (Roy and Vetterli 2007)
+    outliers          singular values beyond what noise of the same shape reaches once in a
+                      thousand times
 
-Over a text the same is asked of the scores q k^T (keys less their mean, which no softmax feels) and of what the heads write
-for each token read, v W_O (less its mean). Noise there would be independent tokens with uncorrelated coordinates of one size,
-and no text is like it, so that most singular values are outliers; the effective rank says more.
+Noise has a known edge. The eigenvalues of X^T X for a matrix X (n, p) of independent entries end
+at (1 + sqrt(p/n))^2 times their mean (Marchenko and Pastur 1967). For products of such matrices,
+as W_Q W_K^T is one, the edge follows from the S-transform of free probability (Burda et al. 2010):
+let c_1, c_2, ... be the number p of eigenvalues over each of the other dimensions. The eigenvalues
+are at most the minimum over z > 0 of (1 + z) / z * (1 + c_1 z)(1 + c_2 z)... The mean leaves
+outliers out.
+
+MLA's keys and values are read through a narrower latent. Noise through it has one factor more and
+a wider edge. Outliers are counted against two kinds of noise: noise through the model's own
+latent, of which an untrained model has none, and noise without a latent (common), the same
+yardstick for both attentions. The two can order MHA and MLA differently. The entries of this noise
+have one variance. Gains of ln_1 that differ by half or more between dimensions look like outliers
+too.
+
+Over a text, the same is asked of the scores q k^T (keys less their mean, which no softmax sees)
+and of what the heads write for each token that they read, v W_O (less its mean). Noise there would
+be independent tokens with uncorrelated coordinates of one size. No text is like it, so most
+singular values are outliers, and the effective rank says more.
 """
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+
+from configurator import UserError, check_least, run
 
 import numpy as np
 import torch
@@ -31,16 +44,16 @@ from matplotlib.figure import Figure
 from analysis.circuits import centred, folded_heads, joint_reading_space, product_singular_values
 from analysis.program import AnalysisConfig, main, progress
 from analysis.record import record
-from configurator import UserError, check_least, run
 
-TRACY_WIDOM = 3.27  # 99.9 % of the largest eigenvalues of noise lie below this, in Tracy and Widom's unit
+TRACY_WIDOM = 3.27  # 99.9 % of noise's largest eigenvalues are below it, in Tracy-Widom's unit
 PRODUCTS = {'QK': 'W_Q W_K^T', 'OV': 'W_V W_O'}
 WRITTEN = {'QK': 'scores q k^T', 'OV': 'written v W_O'}
 
 
 @dataclass
 class Config(AnalysisConfig):
-    text: str = ''  # for the activations: FILE:book.txt or a dataset; '': the val split that the checkpoint names
+    text: str = ''  # for the activations: FILE:book.txt or a dataset; '': the val split that the
+        # checkpoint names
     max_tokens: int = 4096  # of the text, in windows of the context's length
 
     def __post_init__(self):
@@ -53,8 +66,8 @@ class Spectra:
     """Of one product in all heads."""
     singular_values: np.ndarray  # (n_layer, n_head, head_dim) largest first
     effective_rank: np.ndarray  # (n_layer, n_head)
-    outliers: np.ndarray  # (n_layer, n_head) number of singular values beyond the edge of noise through the same latent
-    outliers_common: np.ndarray  # (n_layer, n_head) beyond the edge of noise that is read through none
+    outliers: np.ndarray  # (n_layer, n_head) number beyond the edge of noise through the latent
+    outliers_common: np.ndarray  # (n_layer, n_head) number beyond the edge of noise without one
 
 
 @dataclass
@@ -66,63 +79,89 @@ class Spectrum:
 
 
 def effective_rank(singular_values):
-    """exp of the entropy of singular_values (..., n) over their sum; 0 where all are 0. (...)"""
-    p = singular_values / singular_values.sum(-1, keepdim=True).clamp_min(1e-300)
+    """exp of the entropy of singular_values (..., n) over their sum; 0 where all are 0: (...)"""
+    total = singular_values.sum(-1)
+    p = singular_values / total.unsqueeze(-1).clamp_min(1e-300)
     rank = torch.exp(-torch.special.xlogy(p, p).sum(-1))
-    return torch.where(singular_values.sum(-1) > 0, rank, torch.zeros_like(rank))
+    return torch.where(total > 0, rank, torch.zeros_like(rank))
+
+
+def edge_at(z, ratios):
+    """The function of z whose minimum is the edge of noise."""
+    return (1 + z) / z * math.prod(1 + c * z for c in ratios)
 
 
 @lru_cache(maxsize=None)  # all heads ask for the same
 def noise_edge(p, ratios):
-    """What the largest of p eigenvalues of noise stays below in 999 of 1,000 cases, over their mean. ratios are p over each
-    other dimension of the product: one for a plain matrix (Marchenko-Pastur), two for a product of two through p."""
-    def edge(z):
-        return (1 + z) / z * math.prod(1 + c * z for c in ratios)
+    """What the largest of p eigenvalues of noise stays below in 999 of 1,000 cases, over their
+    mean. ratios, a tuple, are p over each other dimension of the product: one for a plain matrix
+    (Marchenko-Pastur), two for a product of two matrices through p."""
     low, high = 1e-6, 1e6  # log(edge) is convex in log(z)
     for _ in range(200):
-        one, other = low ** (2 / 3) * high ** (1 / 3), low ** (1 / 3) * high ** (2 / 3)
-        low, high = (low, other) if edge(one) < edge(other) else (one, high)
+        one = low ** (2 / 3) * high ** (1 / 3)
+        other = low ** (1 / 3) * high ** (2 / 3)
+        if edge_at(one, ratios) < edge_at(other, ratios):
+            high = other
+        else:
+            low = one
     z = math.sqrt(low * high)
-    step = 1e-4 * z
-    curvature = (edge(z + step) - 2 * edge(z) + edge(z - step)) / step ** 2
-    # near the edge the density is (a / pi) sqrt(edge - l), and the largest of p eigenvalues scatters around it by (a p)^(-2/3)
-    a = math.sqrt(2 / curvature) / edge(z)
-    return edge(z) + TRACY_WIDOM * (a * p) ** (-2 / 3)
+    edge, step = edge_at(z, ratios), 1e-4 * z
+    bend = edge_at(z + step, ratios) - 2 * edge + edge_at(z - step, ratios)
+    # Near the edge the density is (a / pi) sqrt(edge - l). The largest of p eigenvalues scatters
+    # around the edge by (a p)^(-2/3).
+    a = math.sqrt(2 / (bend / step ** 2)) / edge
+    return edge + TRACY_WIDOM * (a * p) ** (-2 / 3)
 
 
 def count_outliers(singular_values, ratios):
-    """How many of singular_values (p,) lie beyond the edge of noise, whose scale is that of those that do not. It goes
-    outwards from the middle, so that it finds at most half of them: large ones, had they a part in the scale, would hide
-    behind each other."""
+    """How many of singular_values (p,) are beyond the edge of noise. The scale of the noise is
+    that of the others. The count goes outwards from the middle, so it is at most half of p: if
+    large values took part in the scale, they would hide behind each other."""
     eigenvalues = np.sort(np.asarray(singular_values, dtype=float))[::-1] ** 2
     p = len(eigenvalues)
     for place in range(p // 2, -1, -1):
         rest = eigenvalues[place:]
-        without = tuple((p - place) / (p / c - place) for c in ratios)  # outliers take their dimensions with them
+        # outliers take their dimensions with them
+        without = tuple((p - place) / (p / c - place) for c in ratios)
         if rest[0] > noise_edge(len(rest), without) * rest.mean():
             return place + 1
     return 0
 
 
-def spectra(A, B, n, m, latents):
-    """Spectra of the products A B of all heads, A (n_layer, n_head, n, r) and B (n_layer, n_head, r, m). n and m are the
-    dimensions that count for noise, latents (n_layer) those of what it would be read through, None for nothing."""
-    values, r = product_singular_values(A, B), A.size(-1)
+def layer_outliers(values, dimensions):
+    """count_outliers for each head of a layer, values (n_head, r), whose noise is a product with
+    these dimensions."""
+    p, *others = sorted(dimensions)  # noise has p singular values, and then zeros
+    ratios = tuple(p / other for other in others)
+    return [count_outliers(head[:p].cpu(), ratios) for head in values]
 
-    def count(layer, latent):
-        p, *others = sorted([r, n, m, *([latent] if latent else [])])  # noise has p singular values, and then zeros
-        return [count_outliers(head[:p].cpu(), tuple(p / other for other in others)) for head in layer]
-    return Spectra(values.cpu().numpy(), effective_rank(values).cpu().numpy(),
-                   np.array([count(layer, latent) for layer, latent in zip(values, latents)]),
-                   np.array([count(layer, None) for layer in values]))
+
+def spectra(A, B, n, m, latents):
+    """Spectra of the products A B of all heads, A (n_layer, n_head, n, r), B (n_layer, n_head, r,
+    m). n and m are the dimensions that count for noise. latents (n_layer) are the dimensions of
+    the latents that noise is read through, None for no latent."""
+    values = product_singular_values(A, B)
+    common = [A.size(-1), n, m]
+    outliers = [layer_outliers(layer, [*common, latent] if latent else common)
+                for layer, latent in zip(values, latents)]
+    return Spectra(values.cpu().numpy(), effective_rank(values).cpu().numpy(), np.array(outliers),
+                   np.array([layer_outliers(layer, common) for layer in values]))
 
 
 def of_weights(model):
+    """Spectra of W_Q W_K^T and W_V W_O, by name."""
     heads = folded_heads(model)
     n = heads.W_Q.size(-2) - 1  # the centring takes one dimension away
     ranks = [joint_reading_space(heads, layer).size(1) for layer in range(len(heads.W_Q))]
     latents = [rank if rank < n else None for rank in ranks]
-    return {'QK': spectra(heads.W_Q, heads.W_K.mT, n, n, latents), 'OV': spectra(heads.W_V, heads.W_O, n, n, latents)}
+    return {'QK': spectra(heads.W_Q, heads.W_K.mT, n, n, latents),
+            'OV': spectra(heads.W_V, heads.W_O, n, n, latents)}
+
+
+def joined(layers):
+    """One Spectra of a list of them, one for each layer."""
+    return Spectra(*(np.concatenate([getattr(one, field) for one in layers]) for field in
+                     ('singular_values', 'effective_rank', 'outliers', 'outliers_common')))
 
 
 def of_activations(model, windows):
@@ -130,22 +169,24 @@ def of_activations(model, windows):
     per_layer = [[] for _ in model.transformer.h]
     for idx in progress(windows, 'activations'):
         for block in record(model, idx):
-            per_layer[block.layer].append(torch.stack([block.q, block.k, block.v]).transpose(1, 2).flatten(2, 3))
-    found = {'QK': [], 'OV': []}
+            qkv = torch.stack([block.q, block.k, block.v])  # (3, B, n_head, T, head_dim)
+            per_layer[block.layer].append(qkv.transpose(1, 2).flatten(2, 3))
+    QK, OV = [], []
     for block, parts in zip(model.transformer.h, per_layer):
         q, k, v = torch.cat(parts, dim=2).double()  # each (n_head, tokens, head_dim)
+        k, v = centred(k, 1), centred(v, 1)
         W_O = centred(block.attn.head_weights()[-1].detach().double())
         n_tokens = q.size(1)
-        found['QK'].append(spectra(q[None], centred(k, 1).mT[None], n_tokens, n_tokens, [None]))
-        found['OV'].append(spectra(centred(v, 1)[None], W_O[None], n_tokens, W_O.size(-1) - 1, [None]))
-    return {name: Spectra(*(np.concatenate([getattr(one, field) for one in layers]) for field in
-                            ('singular_values', 'effective_rank', 'outliers', 'outliers_common'))) for name, layers in found.items()}
+        QK.append(spectra(q[None], k.mT[None], n_tokens, n_tokens, [None]))
+        OV.append(spectra(v[None], W_O[None], n_tokens, W_O.size(-1) - 1, [None]))
+    return {'QK': joined(QK), 'OV': joined(OV)}
 
 
 def analyse(subject, config):
+    c = subject.model.config
     weights = of_weights(subject.model)
     try:
-        length = min(subject.model.config.block_size, config.max_tokens)
+        length = min(c.block_size, config.max_tokens)
         windows = subject.windows(config.text, config.max_tokens, length)
     except UserError as e:
         if config.text:
@@ -153,53 +194,69 @@ def analyse(subject, config):
         return Spectrum(weights, {}, 0, str(e))  # none was asked for
     windows = [idx[:, :-1] for idx in windows]
     n_tokens = sum(idx.numel() for idx in windows)
-    head_dim = subject.model.config.n_embd // subject.model.config.n_head
+    head_dim = c.n_embd // c.n_head
     if n_tokens < 2 * head_dim:
-        raise UserError(f'spectrum has only {n_tokens} tokens for heads of {head_dim} dimensions: give a longer text, and '
-                        f'max_tokens={2 * head_dim} or more')
+        raise UserError(f'spectrum has only {n_tokens} tokens for heads of {head_dim} dimensions: '
+                        f'give a longer text, and max_tokens={2 * head_dim} or more')
     return Spectrum(weights, of_activations(subject.model, windows), n_tokens)
 
 
 def table(result):
     columns = {f'{PRODUCTS[name]}, weights': found for name, found in result.weights.items()}
-    columns |= {f'{WRITTEN[name]}, {result.n_tokens:,} tokens': found for name, found in result.activations.items()}
+    for name, found in result.activations.items():
+        columns[f'{WRITTEN[name]}, {result.n_tokens:,} tokens'] = found
     lines = [f'{"layer":>5}' + ''.join(f'{name:>26}' for name in columns)]
     for layer in range(len(result.weights['QK'].effective_rank)):
-        cells = ''
-        for name, found in columns.items():
-            outliers = found.outliers[layer].mean(), found.outliers_common[layer].mean()
-            cells += f'{f"{found.effective_rank[layer].mean():.1f} ({outliers[0]:.1f}, {outliers[1]:.1f})":>26}'
-        lines.append(f'{layer:>5}{cells}')
-    lines.append('effective rank (outliers against noise of its own kind, against common noise), mean over heads')
-    return '\n'.join(lines + ([f'no activations: {result.no_text}'] if result.no_text else []))
+        line = f'{layer:>5}'
+        for found in columns.values():
+            rank, outliers, common = (values[layer].mean() for values in (
+                found.effective_rank, found.outliers, found.outliers_common))
+            line += f'{f"{rank:.1f} ({outliers:.1f}, {common:.1f})":>26}'
+        lines.append(line)
+    lines.append('effective rank (outliers against noise of its own kind, against common noise), '
+                 'mean over heads')
+    if result.no_text:
+        lines.append(f'no activations: {result.no_text}')
+    return '\n'.join(lines)
 
 
 def plot(results):
-    """Singular values over the largest one, a line for each head, and effective ranks with outliers."""
+    """Singular values over the largest one, a line for each head, and effective ranks with
+    outliers."""
     rows = [('weights', 'QK'), ('weights', 'OV')]
     if all(result.activations for result in results.values()):
         rows += [('activations', 'QK'), ('activations', 'OV')]
-    figure = Figure(figsize=(5.5 * len(results) + 0.5, 2.6 * len(rows) + 0.6), layout='constrained')
+    size = 5.5 * len(results) + 0.5, 2.6 * len(rows) + 0.6
+    figure = Figure(figsize=size, layout='constrained')
     figure.suptitle('How much rank is used: singular values of every head', fontsize=12)
     axes = figure.subplots(len(rows), len(results), squeeze=False, sharex=True, sharey='row')
     for row, (where, product) in zip(axes, rows):
         for ax, (name, result) in zip(row, results.items()):
             found = getattr(result, where)[product]
-            n_layer, n_head, r = found.singular_values.shape
-            for layer in range(n_layer):
-                for head in range(n_head):
-                    values = found.singular_values[layer, head]
-                    ax.semilogy(np.arange(1, r + 1), np.maximum(values / max(values[0], 1e-300), 1e-6), color=f'C{layer % 10}',
-                                linewidth=0.8, alpha=0.7, label=f'layer {layer}' if head == 0 else None)
-            what = PRODUCTS[product] if where == 'weights' else WRITTEN[product]
-            outliers = f', outliers {found.outliers.mean():.1f} (against common noise {found.outliers_common.mean():.1f})'
-            ax.set_title(f'{name}: {what}, {where}\nmean effective rank {found.effective_rank.mean():.1f} of {r}'
-                         f'{outliers if where == "weights" else ""}', fontsize=9)
-            ax.set_ylabel('singular value / largest')
+            if where == 'weights':
+                what, outliers = PRODUCTS[product], (
+                    f', outliers {found.outliers.mean():.1f} '
+                    f'(against common noise {found.outliers_common.mean():.1f})')
+            else:
+                what, outliers = WRITTEN[product], ''
+            rank = f'mean effective rank {found.effective_rank.mean():.1f}'
+            ax.set_title(f'{name}: {what}, {where}\n{rank} of {found.singular_values.shape[-1]}'
+                         f'{outliers}', fontsize=9)
+            draw_spectra(ax, found)
     for ax in axes[-1]:
         ax.set_xlabel('number of the singular value')
     axes[0, 0].legend(fontsize=7, ncols=2)
     return figure
+
+
+def draw_spectra(ax, found):
+    n_layer, n_head, r = found.singular_values.shape
+    for layer, head in np.ndindex(n_layer, n_head):
+        values = found.singular_values[layer, head]
+        shares = np.maximum(values / max(values[0], 1e-300), 1e-6)
+        ax.semilogy(np.arange(1, r + 1), shares, color=f'C{layer % 10}', linewidth=0.8, alpha=0.7,
+                    label=f'layer {layer}' if head == 0 else None)
+    ax.set_ylabel('singular value / largest')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Draw assets/mla_diagram.png: where keys and values come from in MHA and in MLA. Called by make assets."""
+"""Draw assets/mla_diagram.png: where keys and values come from in MHA and in MLA (make assets)."""
 
 from pathlib import Path
 
@@ -9,16 +9,20 @@ GREY, BLUE, ORANGE, GREEN = '#eeeeee', '#cfe2f3', '#f9cb9c', '#d9ead3'
 
 
 def box(ax, x, y, text, color, width=1.5, bold=False):
-    ax.add_patch(FancyBboxPatch((x - width / 2, y - 0.3), width, 0.6, boxstyle='round,pad=0.02,rounding_size=0.1',
-                                facecolor=color, edgecolor='#b45f06' if bold else '#666666', linewidth=2.5 if bold else 1))
+    edge, line = ('#b45f06', 2.5) if bold else ('#666666', 1)
+    ax.add_patch(FancyBboxPatch((x - width / 2, y - 0.3), width, 0.6, facecolor=color,
+                                boxstyle='round,pad=0.02,rounding_size=0.1', edgecolor=edge,
+                                linewidth=line))
     ax.text(x, y, text, ha='center', va='center', fontsize=10)
 
 
 def arrow(ax, start, end, label='', side=0.12):
-    ax.annotate('', end, start, arrowprops=dict(arrowstyle='-|>', color='#444444', linewidth=1.2, shrinkA=0, shrinkB=0))
+    ax.annotate('', end, start, arrowprops=dict(arrowstyle='-|>', color='#444444', linewidth=1.2,
+                                                shrinkA=0, shrinkB=0))
     if label:
-        ax.text((start[0] + end[0]) / 2 + side, (start[1] + end[1]) / 2, label, fontsize=10, va='center',
-                ha='left' if side > 0 else 'right', color='#444444')
+        x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+        ax.text(x + side, y, label, fontsize=10, va='center', ha='left' if side > 0 else 'right',
+                color='#444444')
 
 
 def column(ax, title, latent):
@@ -27,7 +31,8 @@ def column(ax, title, latent):
     box(ax, 1, keys, '$q$: n_embd', BLUE)
     box(ax, 3, keys, '$k$: n_embd', GREEN if latent else ORANGE, bold=not latent)
     box(ax, 5, keys, '$v$: n_embd', GREEN if latent else ORANGE, bold=not latent)
-    box(ax, 3, top, 'softmax$(q\\,k^T / \\sqrt{\\mathrm{head\\_dim}})\\;v$   per head, then $W_O$', GREY, width=5.6)
+    box(ax, 3, top, 'softmax$(q\\,k^T / \\sqrt{\\mathrm{head\\_dim}})\\;v$   per head, then $W_O$',
+        GREY, width=5.6)
     arrow(ax, (1, bottom + 0.32), (1, keys - 0.32), '$W_Q$')
     if latent:
         box(ax, 4, c, '$c$: n_latent', ORANGE, width=1.7, bold=True)
@@ -51,8 +56,8 @@ def main():
                  'cache: $k$ and $v$, 2 n_embd numbers per token and layer', latent=False)
     column(right, 'MLA: all heads read keys and values from one latent $c$\n'
                   'cache: $c$ alone, n_latent numbers per token and layer', latent=True)
-    figure.suptitle('Orange with bold outline: what decoding has to remember of each token. At n_latent = n_embd / 2, MLA '
-                    'remembers a quarter of what MHA does.', fontsize=11)
+    figure.suptitle('Orange with bold outline: what decoding has to remember of each token. At '
+                    'n_latent = n_embd / 2, MLA remembers a quarter of what MHA does.', fontsize=11)
     figure.savefig(Path(__file__).parent / 'mla_diagram.png', dpi=120)
 
 

@@ -1,4 +1,5 @@
-# Evaluate the published weights of gpt2 (12 layers, 12 heads, 768 wide: 124M parameters) on a dataset.
+# Evaluate the published weights of gpt2 on a dataset
+# (12 layers, 12 heads, 768 wide: 124M parameters).
 
 init_from = 'gpt2'
 eval_only = True

@@ -1,4 +1,5 @@
-# Evaluate the published weights of gpt2-large (36 layers, 20 heads, 1280 wide: 774M parameters) on a dataset.
+# Evaluate the published weights of gpt2-large on a dataset
+# (36 layers, 20 heads, 1280 wide: 774M parameters).
 
 init_from = 'gpt2-large'
 eval_only = True

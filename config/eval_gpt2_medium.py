@@ -1,4 +1,5 @@
-# Evaluate the published weights of gpt2-medium (24 layers, 16 heads, 1024 wide: 350M parameters) on a dataset.
+# Evaluate the published weights of gpt2-medium on a dataset
+# (24 layers, 16 heads, 1024 wide: 350M parameters).
 
 init_from = 'gpt2-medium'
 eval_only = True

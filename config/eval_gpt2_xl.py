@@ -1,4 +1,5 @@
-# Evaluate the published weights of gpt2-xl (48 layers, 25 heads, 1600 wide: 1558M parameters) on a dataset.
+# Evaluate the published weights of gpt2-xl on a dataset
+# (48 layers, 25 heads, 1600 wide: 1558M parameters).
 
 init_from = 'gpt2-xl'
 eval_only = True

@@ -12,8 +12,8 @@ dataset = 'shakespeare'
 init_from = 'gpt2-xl'
 always_save_checkpoint = False  # only when the val loss improves
 
-# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens per iteration; Shakespeare has about 302,000, so an epoch
-# is about 9 iterations
+# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens per iteration; Shakespeare has about
+# 302,000, so an epoch is about 9 iterations
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

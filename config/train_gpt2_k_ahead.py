@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-exec(Path(__file__).with_name('train_gpt2.py').read_text())  # every setting the same but for these
+exec(Path(__file__).with_name('train_gpt2.py').read_text())  # all settings but these
 
 k_ahead = 4
 out_dir = 'out-gpt2-k-ahead'

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-exec(Path(__file__).with_name('train_gpt2.py').read_text())  # every setting the same but for these
+exec(Path(__file__).with_name('train_gpt2.py').read_text())  # all settings but these
 
 n_latent = None  # n_embd // 2; train.py, which has no such key, refuses this file
 out_dir = 'out-gpt2-mla'

@@ -1,6 +1,6 @@
 # A small character-level GPT on Shakespeare: about 3 minutes on a GPU.
-# On a laptop's CPU make it smaller: --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0
-# --max_iters=2000 --lr_decay_iters=2000 --eval_iters=20
+# On a laptop's CPU make it smaller: --block_size=64 --batch_size=12 --n_layer=4 --n_head=4
+# --n_embd=128 --dropout=0.0 --max_iters=2000 --lr_decay_iters=2000 --eval_iters=20
 
 out_dir = 'out-shakespeare-char'
 eval_interval = 250  # often, because it will overfit

@@ -1,9 +1,10 @@
-# train_shakespeare_char.py in the size of `make quick`, for a laptop's CPU, but for 5,000 iterations: 3 to 6 minutes.
-# For all three trainers: python train_k_ahead.py config/train_shakespeare_char_cpu.py --head=linear --positions=greedy
+# train_shakespeare_char.py in the size of `make quick`, for a laptop's CPU, but for 5,000
+# iterations: 3 to 6 minutes. It is for all three trainers:
+# python train_k_ahead.py config/train_shakespeare_char_cpu.py --head=linear --positions=greedy
 
 from pathlib import Path
 
-exec(Path(__file__).with_name('train_shakespeare_char.py').read_text())  # every setting the same but for these
+exec(Path(__file__).with_name('train_shakespeare_char.py').read_text())  # all settings but these
 
 out_dir = 'out-shakespeare-char-cpu'
 eval_interval = 500

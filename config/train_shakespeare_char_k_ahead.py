@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-exec(Path(__file__).with_name('train_shakespeare_char.py').read_text())  # every setting the same but for these
+exec(Path(__file__).with_name('train_shakespeare_char.py').read_text())  # all settings but these
 
 k_ahead = 4
 positions = 'greedy'  # the further heads are for decoding: let them learn what it asks of them

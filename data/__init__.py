@@ -1,1 +1,1 @@
-"""Corpora and tokenizers; a package, so that no installed one of this name comes first."""
+"""Corpora. It is a package, so that no installed package named data is found first."""

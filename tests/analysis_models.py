@@ -1,11 +1,12 @@
 """Models made by hand, whose answers are known, and the same function in other weights."""
 
 import torch
+from conftest import CHARS, tiny_model
 
 from analysis.program import Subject
-from conftest import CHARS, tiny_model
 from convert_mla import convert
 from model import GPT, GPTConfig
+from runtime.tokenizer import make_tokenizer
 
 N = 16  # tokens of the vocabulary, positions and numbers in a head of the induction model
 TOKEN, POSITION, PREVIOUS, REST = range(0, 16), range(16, 32), range(32, 48), 48
@@ -13,18 +14,19 @@ TOKEN, POSITION, PREVIOUS, REST = range(0, 16), range(16, 32), range(32, 48), 48
 
 def subject(model):
     """A Subject of a tiny_model."""
-    return Subject(model, CHARS[:model.config.vocab_size], 'a/model')
+    return Subject(model, make_tokenizer(CHARS[:model.config.vocab_size]), '', 'a/model')
 
 
 def induction_model():
-    """Two layers of attention alone: head 0.0 attends to the previous token and writes which one that was; head 1.0 attends
-    to where the previous token was the current one. All other heads attend evenly and write nothing.
+    """Two layers of attention alone. Head 0.0 attends to the previous token and writes which one
+    that was. Head 1.0 attends to where the previous token was the current one. All other heads
+    attend evenly and write nothing.
 
-    Tokens, positions and previous tokens are unit vectors in parts of the residual stream of their own, less one in a
-    dimension that only takes care that every mean is 0, so that the layer norms do nothing but scale.
+    Tokens, positions and previous tokens are unit vectors in parts of the residual stream of their
+    own. One more dimension makes every mean 0, so that the layer norms only scale.
     """
-    model = GPT(GPTConfig(block_size=N, vocab_size=N, n_layer=2, n_head=4, n_embd=64, bias=False)).eval()
-    eye = torch.eye(N)
+    config = GPTConfig(block_size=N, vocab_size=N, n_layer=2, n_head=4, n_embd=64, bias=False)
+    model, eye = GPT(config).eval(), torch.eye(N)
     for name, p in model.named_parameters():
         p.data.fill_(1.0 if 'ln_' in name else 0.0)
     wte, wpe = model.transformer.wte.weight.data, model.transformer.wpe.weight.data
@@ -57,15 +59,17 @@ def random_model(model_class, **settings):
 
 @torch.no_grad()
 def same_function(model):
-    """A model that computes the same in other weights: ln_1 scaled against what reads after it, another basis in every head
-    and in the latent, and a constant added to all that is written to the residual stream."""
+    """A model that computes the same in other weights: ln_1 is scaled against its readers, every
+    head and the latent have another basis, and a constant is added to all that is written to the
+    residual stream."""
     state, c = {name: p.clone() for name, p in model.state_dict().items()}, model.config
     state['lm_head.weight'] += 0.3
     state['transformer.wte.weight'] = state['lm_head.weight']
     state['transformer.wpe.weight'] += torch.randn(c.block_size, 1)
     d = c.n_embd // c.n_head
     for i, block in enumerate(model.transformer.h):
-        own = {name: state[f'transformer.h.{i}.{name}'] for name in block.state_dict()}  # the tensors of state themselves
+        # the tensors of state themselves
+        own = {name: state[f'transformer.h.{i}.{name}'] for name in block.state_dict()}
         for name in ('attn.c_proj', 'mlp.c_proj'):
             own[f'{name}.weight'] += 0.1 * torch.randn(1, own[f'{name}.weight'].size(1))
             own[f'{name}.bias'] += 0.3
@@ -81,8 +85,10 @@ def same_function(model):
             for name in ('attn.key.weight', 'attn.value.weight'):
                 own[name].copy_(own[name] @ A.inverse())
         for end in ('weight', 'bias'):
-            q, k, v = ([own[f'attn.{name}.{end}'] for name in ('query', 'key', 'value')] if latent else
-                       own[f'attn.c_attn.{end}'].split(c.n_embd))
+            if latent:
+                q, k, v = (own[f'attn.{name}.{end}'] for name in ('query', 'key', 'value'))
+            else:
+                q, k, v = own[f'attn.c_attn.{end}'].split(c.n_embd)
             torch.manual_seed(i)  # weight and bias change alike
             for h in range(0, c.n_embd, d):
                 A, B = (torch.eye(d) + 0.2 * torch.randn(d, d) for _ in range(2))

@@ -4,15 +4,16 @@ import sys
 
 os.environ['OMP_NUM_THREADS'] = '1'  # small tensors, and a busy machine would make threads wait for each other
 
+from configurator import run
+
 import numpy as np
 import pytest
 import torch
 
-from configurator import run
-from dataset import write_splits
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
+from runtime.dataset import write_splits
 
 BOTH = pytest.mark.parametrize('model_class', [GPT, GPT_MLA])
 ALL = pytest.mark.parametrize('model_class', [GPT, GPT_MLA, GPT_KAhead])

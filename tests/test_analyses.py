@@ -2,41 +2,49 @@
 
 import copy
 
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
+from analysis_models import exact_mla, induction_model, random_model, same_function, subject
+from conftest import ALL, BOTH, CHARS, tiny_model
 from torch.nn import functional as F
 
 from analysis import ablation, attention_patterns, induction_heads, ioi, similarity
 from analysis.program import Subject
-from analysis.record import BlockRecord, go_on, last, record
-from analysis_models import exact_mla, induction_model, random_model, same_function, subject
-from configurator import UserError
-from conftest import ALL, BOTH, CHARS, tiny_model
+from analysis.record import BlockRecord, final_stream, record, run_from
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
+from runtime.tokenizer import make_tokenizer
 
 
 def letters(model):
-    return Subject(model, [chr(97 + i) for i in range(model.config.vocab_size)], 'a/model')
+    tokenizer = make_tokenizer([chr(97 + i) for i in range(model.config.vocab_size)])
+    return Subject(model, tokenizer, '', 'a/model')
 
 
 # induction and patterns
 
-@pytest.mark.parametrize('convert', [lambda model: model, exact_mla, lambda model: GPT_KAhead.from_gpt(model, k_ahead=2)])
+def two_ahead(model):
+    return GPT_KAhead.from_gpt(model, k_ahead=2)
+
+
+@pytest.mark.parametrize('convert', [lambda model: model, exact_mla, two_ahead])
 def test_the_induction_model_is_found_out(convert):
     s = letters(convert(induction_model()))
     scores = induction_heads.analyse(s, induction_heads.Config(sequences=6)).scores
     assert scores[1, 0] > 0.99 and np.delete(scores.ravel(), 4).max() < 0.1
     found = attention_patterns.analyse(s, attention_patterns.Config(sequences=6))
     assert found.previous[0, 0] > 0.99 and np.delete(found.previous.ravel(), 0).max() < 0.4
-    assert found.relative_entropy[0, 1] == pytest.approx(1, abs=1e-6) and found.relative_entropy[0, 0] < 0.01
+    assert found.relative_entropy[0, 1] == pytest.approx(1, abs=1e-6)
+    assert found.relative_entropy[0, 0] < 0.01
     assert found.entropy[0, 1] == pytest.approx(np.mean(np.log(np.arange(2, 17))), abs=1e-5)
     # even attention: 1 / (position + 1)
-    positions = np.arange(1, 17)
-    for kind, expected in (('first', 1 / positions[1:]), ('current', 1 / positions[1:]), ('previous', 1 / positions[1:]),
-                           ('duplicate', 1 / positions[8:])):
+    even = 1 / np.arange(1, 17)
+    for kind, expected in (('first', even[1:]), ('current', even[1:]), ('previous', even[1:]),
+                           ('duplicate', even[8:])):
         assert getattr(found, kind)[1, 3] == pytest.approx(expected.mean(), abs=1e-6)
 
 
@@ -60,7 +68,8 @@ def test_scores_are_means_over_the_patterns_as_defined(model_class, monkeypatch)
 
 
 def test_two_copies_that_do_not_fit_are_shortened_and_too_short_a_context_is_an_error():
-    assert induction_heads.analyse(subject(tiny_model(GPT)), induction_heads.Config(sequences=2)).length == 8
+    config = induction_heads.Config(sequences=2)
+    assert induction_heads.analyse(subject(tiny_model(GPT)), config).length == 8
     with pytest.raises(UserError, match='block_size=3'):
         induction_heads.analyse(subject(tiny_model(GPT, block_size=3)), induction_heads.Config())
 
@@ -75,17 +84,23 @@ def test_names_of_heads():
 def test_patterns_are_computed_in_chunks(monkeypatch):
     """No more than 64 MB of them at once, and of one sequence at least."""
     sizes, pattern = [], BlockRecord.pattern
-    monkeypatch.setattr(BlockRecord, 'pattern', lambda self: sizes.append(self.q.shape) or pattern(self))
+    monkeypatch.setattr(BlockRecord, 'pattern',
+                        lambda self: sizes.append(self.q.shape) or pattern(self))
     s = subject(tiny_model(GPT, block_size=512, n_head=16))
     attention_patterns.analyse(s, attention_patterns.Config(sequences=5, length=256))
-    assert len(sizes) == 2 * 2 and max(B * n_head * T * T * 4 for B, n_head, T, _ in sizes) <= 2 ** 26
+    assert len(sizes) == 2 * 2
+    assert max(B * n_head * T * T * 4 for B, n_head, T, _ in sizes) <= 2 ** 26
     assert induction_heads.batch_size(s.model, 10 ** 4) == 1
 
 
 # indirect objects
 
+def gpt2_subject(model):
+    return Subject(model, make_tokenizer('gpt2'), '', 'a/model')
+
+
 def gpt2_like(model_class=GPT):
-    return Subject(random_model(model_class, vocab_size=50257, block_size=32), 'gpt2', 'a/model')
+    return gpt2_subject(random_model(model_class, vocab_size=50257, block_size=32))
 
 
 def test_prompts_say_what_they_should():
@@ -103,7 +118,8 @@ def test_prompts_say_what_they_should():
         assert torch.equal(changed, named) and named.sum() == 3
         assert io not in other and subject_name not in other
         s1 = clean.roles[1, i].nonzero().item()
-        assert clean.roles[2, i].nonzero().item() == s1 + 1 and clean.roles[4, i].nonzero().item() == end - 1
+        assert clean.roles[2, i].nonzero().item() == s1 + 1
+        assert clean.roles[4, i].nonzero().item() == end - 1
         assert clean.roles[3, i].nonzero().item() > s1
         # each token of the prompt has one role, the padding has none
         assert torch.equal(clean.roles[:, i].sum(0), (torch.arange(clean.idx.size(1)) < end).long())
@@ -136,15 +152,17 @@ def test_direct_logit_attribution_adds_up_to_the_logit_difference(model_class):
     assert torch.allclose(heads.sum((0, 1)) + mlps.sum(0) + rest, differences, atol=1e-4)
     for i in range(6):
         logits = s.model.next_logits(prompts.idx[i:i + 1, :prompts.end[i] + 1])[0]
-        assert differences[i].item() == pytest.approx((logits[prompts.io[i]] - logits[prompts.s[i]]).item(), abs=1e-4)
+        expected = (logits[prompts.io[i]] - logits[prompts.s[i]]).item()
+        assert differences[i].item() == pytest.approx(expected, abs=1e-4)
     result = ioi.analyse(s, ioi.Config(prompts=6, patch_prompts=0))
-    assert result.attribution.sum() + result.mlp_attribution.sum() + result.rest == pytest.approx(result.logit_difference)
+    total = result.attribution.sum() + result.mlp_attribution.sum() + result.rest
+    assert total == pytest.approx(result.logit_difference)
     assert np.isnan(result.restored).all()
 
 
 def test_attribution_of_a_head_is_what_is_missing_without_it_on_the_direct_path():
-    """In the last layer without an MLP there is no other path: with the norm's scale held fixed, taking the head's output
-    away changes the logit difference by its attribution."""
+    """In the last layer without an MLP there is no other path. With the norm's scale held fixed,
+    the logit difference changes by the head's attribution when its output is taken away."""
     s = gpt2_like()
     s.model.transformer.h[1].mlp.c_proj.weight.data.zero_()
     prompts, _ = ioi.make_prompts(s, 4, seed=1)
@@ -159,7 +177,8 @@ def test_attribution_of_a_head_is_what_is_missing_without_it_on_the_direct_path(
 
         def difference(x):
             x = (x - x.mean(-1, keepdim=True)) / scale * ln_f.weight + ln_f.bias
-            return ((s.model.lm_head.weight[prompts.io] - s.model.lm_head.weight[prompts.s]) * x).sum(-1)
+            W_U = s.model.lm_head.weight
+            return ((W_U[prompts.io] - W_U[prompts.s]) * x).sum(-1)
     assert torch.allclose((difference(x) - difference(without)).double(), heads[1, 1], atol=1e-4)
 
 
@@ -170,9 +189,10 @@ def test_patching_everything_restores_the_clean_difference(model_class):
     clean_z = [block.z for block in record(s.model, clean.idx)]
     with torch.no_grad():
         x = s.model.embed(corrupted.idx)
-    x = last(go_on(s.model, x, 0, lambda layer, z: clean_z[layer]))
+    x = final_stream(run_from(s.model, x, 0, lambda layer, z: clean_z[layer]))
+    expected = final_stream(record(s.model, clean.idx))
     assert torch.allclose(ioi.logit_differences(s.model, x, clean),
-                          ioi.logit_differences(s.model, last(record(s.model, clean.idx)), clean), atol=1e-4)
+                          ioi.logit_differences(s.model, expected, clean), atol=1e-4)
 
 
 def test_patching_one_head_is_what_a_hook_does():
@@ -180,10 +200,10 @@ def test_patching_one_head_is_what_a_hook_does():
     clean, corrupted = ioi.make_prompts(s, 4, seed=1)
     results, before, after = ioi.patch(s.model, clean, corrupted)
     assert results.shape == (2, 2, len(ioi.ROLES), 4)
-    seen = {}
+    seen, c_proj = {}, s.model.transformer.h[1].attn.c_proj
 
     def difference(i, idx, hook=None):
-        handle = s.model.transformer.h[1].attn.c_proj.register_forward_pre_hook(hook) if hook else None
+        handle = c_proj.register_forward_pre_hook(hook) if hook else None
         with torch.no_grad():
             logits = s.model.next_logits(idx[i:i + 1, :clean.end[i] + 1])[0]
         if handle:
@@ -202,24 +222,22 @@ def test_patching_one_head_is_what_a_hook_does():
                 where = clean.roles[role, i, :z.size(1)]
                 z[0, where, 8:] = seen['z'][0, where, 8:]  # head 1 of two, 8 numbers each
                 return (z,)
-            assert results[1, 1, role, i].item() == pytest.approx(difference(i, corrupted.idx, change), abs=1e-4)
+            expected = difference(i, corrupted.idx, change)
+            assert results[1, 1, role, i].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_ioi_says_whom_it_cannot_serve():
     with pytest.raises(UserError, match='one token'):
         ioi.analyse(subject(tiny_model(GPT)), ioi.Config())
     with pytest.raises(UserError, match='block_size=8'):
-        ioi.analyse(Subject(tiny_model(GPT, vocab_size=50257, block_size=8), 'gpt2', 'x'), ioi.Config())
+        ioi.analyse(gpt2_subject(tiny_model(GPT, vocab_size=50257, block_size=8)), ioi.Config())
 
 
 # ablation
 
 def text_subject(model, data_dir):
     """A Subject whose text is that of data_dir."""
-    class Here(Subject):
-        def windows(self, text, *args, **kwargs):
-            return super().windows(text or str(data_dir), *args, **kwargs)
-    return Here(model, CHARS, 'a/model')
+    return Subject(model, make_tokenizer(CHARS), str(data_dir), 'a/model')
 
 
 @ALL
@@ -231,28 +249,29 @@ def test_ablation_is_the_loss_with_the_heads_weights_at_zero(model_class, data_d
     assert len(idx) == result.n_windows == 10 and result.positions == (2, 30)
 
     def measure(model, edit=None):
-        logits = model.unembed(last(record(model, idx[:, :-1], edit)))
+        logits = model.unembed(final_stream(record(model, idx[:, :-1], edit)))
         losses = F.cross_entropy(logits.transpose(1, 2), idx[:, 1:], reduction='none')
         return losses.mean().item(), (losses[:, 30] - losses[:, 2]).mean().item()
     with torch.no_grad():
         loss, in_context = measure(model)
-        assert result.loss == pytest.approx(loss, abs=1e-5) and result.in_context == pytest.approx(in_context, abs=1e-5)
+        assert result.loss == pytest.approx(loss, abs=1e-5)
+        assert result.in_context == pytest.approx(in_context, abs=1e-5)
         for layer, head in np.ndindex(2, 2):
             without = copy.deepcopy(model)
             without.transformer.h[layer].attn.c_proj.weight.data[:, 8 * head:8 * head + 8] = 0
-            expected = measure(without)
-            assert result.zero_loss[layer, head] == pytest.approx(expected[0] - loss, abs=1e-5)
+            rise, change = np.subtract(measure(without), (loss, in_context))
+            assert result.zero_loss[layer, head] == pytest.approx(rise, abs=1e-5)
             assert result.zero_in_context_error[layer, head] > 0
-            assert result.zero_in_context[layer, head] == pytest.approx(expected[1] - in_context, abs=1e-4)
+            assert result.zero_in_context[layer, head] == pytest.approx(change, abs=1e-4)
 
             def at_mean(number, z):
                 if number == layer:
                     z = z.clone()
                     z[:, head] = [b for b in record(model, idx[:, :-1])][layer].z[:, head].mean(0)
                 return z
-            expected = measure(model, at_mean)
-            assert result.mean_loss[layer, head] == pytest.approx(expected[0] - loss, abs=1e-5)
-            assert result.mean_in_context[layer, head] == pytest.approx(expected[1] - in_context, abs=1e-4)
+            rise, change = np.subtract(measure(model, at_mean), (loss, in_context))
+            assert result.mean_loss[layer, head] == pytest.approx(rise, abs=1e-5)
+            assert result.mean_in_context[layer, head] == pytest.approx(change, abs=1e-4)
 
 
 def test_a_head_that_writes_a_constant_matters_only_when_it_is_put_to_zero(data_dir):
@@ -288,35 +307,39 @@ def test_cka_is_its_definition_and_does_not_feel_rotation_and_scale():
     Q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator)).Q
     assert cka(X, 3 * X @ Q + 5) == pytest.approx(1)
     assert cka(X, torch.ones(30, 4, dtype=torch.float64)) == 0
-    assert similarity.cka_table([X, Y], [Y, X]) == pytest.approx(np.array([[expected, 1], [1, expected]]))
+    both = np.array([[expected, 1], [1, expected]])
+    assert similarity.cka_table([X, Y], [Y, X]) == pytest.approx(both)
 
 
 def test_the_same_function_in_other_weights_is_the_same_and_swapped_heads_are_matched(data_dir):
     model = random_model(GPT)
     other = same_function(model)
     attn = other.transformer.h[1].attn
-    for tensor in (*attn.c_attn.weight.data.split(16), *attn.c_attn.bias.data.split(16), attn.c_proj.weight.data.T):
+    for tensor in (*attn.c_attn.weight.data.split(16), *attn.c_attn.bias.data.split(16),
+                   attn.c_proj.weight.data.T):
         tensor.copy_(tensor.roll(8, dims=0))
-    result = similarity.compare(text_subject(model, data_dir), text_subject(other, data_dir), similarity.Config(max_tokens=320))
+    pair = text_subject(model, data_dir), text_subject(other, data_dir)
+    result = similarity.compare(*pair, similarity.Config(max_tokens=320))
     assert result.residual.diagonal() == pytest.approx(np.ones(3), abs=1e-4)
     assert result.residual == pytest.approx(result.residual_self, abs=1e-4)
-    assert {(mine, others) for mine, others, _ in result.matches} == {('0.0', '0.0'), ('0.1', '0.1'), ('1.0', '1.1'), ('1.1', '1.0')}
+    matches = {(mine, others) for mine, others, _ in result.matches}
+    assert matches == {('0.0', '0.0'), ('0.1', '0.1'), ('1.0', '1.1'), ('1.1', '1.0')}
     assert min(score for *_, score in result.matches) == pytest.approx(1, abs=1e-3)
     assert result.residual[0, 2] < 0.95 and result.n_tokens == 320
 
 
 def test_heads_are_compared_by_what_they_write(data_dir):
-    model = random_model(GPT)
-    s = text_subject(model, data_dir)
-    config = similarity.Config(max_tokens=160)
-    result = similarity.compare(s, text_subject(random_model(GPT_MLA, seed=3), data_dir), config)
+    models = random_model(GPT), random_model(GPT_MLA, seed=3)
+    s, other = (text_subject(model, data_dir) for model in models)
+    result = similarity.compare(s, other, similarity.Config(max_tokens=160))
     written = []
-    for m in (model, random_model(GPT_MLA, seed=3)):
+    for m in models:
         block = list(record(m, torch.cat(s.windows('', 160, 16))[:, :-1]))[1]
         with torch.no_grad():
             out = block.z[:, 1] @ m.transformer.h[1].attn.head_weights()[-1][1]
         written.append((out - out.mean(-1, keepdim=True)).flatten(0, 1))
-    assert result.heads[3, 3] == pytest.approx(similarity.cka_table(written[:1], written[1:]).item(), abs=1e-4)
+    expected = similarity.cka_table(written[:1], written[1:]).item()
+    assert result.heads[3, 3] == pytest.approx(expected, abs=1e-4)
 
 
 def test_chance_is_what_is_left_when_the_tokens_do_not_match(data_dir):
@@ -329,7 +352,7 @@ def test_chance_is_what_is_left_when_the_tokens_do_not_match(data_dir):
 
 
 def test_models_that_read_other_tokens_cannot_be_compared(data_dir):
-    other = Subject(tiny_model(GPT), CHARS[::-1], 'b/model')
+    other = Subject(tiny_model(GPT), make_tokenizer(CHARS[::-1]), '', 'b/model')
     with pytest.raises(UserError, match='same tokens'):
         similarity.compare(text_subject(tiny_model(GPT), data_dir), other, similarity.Config())
 
@@ -343,15 +366,16 @@ def published_gpt2():
         transformers.GPT2LMHeadModel.from_pretrained('gpt2', local_files_only=True)
     except OSError:
         pytest.skip("GPT-2's weights are not on this disk")
-    return Subject(GPT.from_pretrained('gpt2').eval(), 'gpt2', 'gpt2')
+    return gpt2_subject(GPT.from_pretrained('gpt2').eval())
 
 
 def test_gpt2_has_the_published_induction_heads():
     scores = induction_heads.analyse(published_gpt2(), induction_heads.Config()).scores
-    for (layer, head), published in {(5, 1): .89, (5, 5): .92, (6, 9): .91, (7, 2): .83, (7, 10): .91}.items():
-        assert scores[layer, head] == pytest.approx(published, abs=0.06)
+    published = {(5, 1): .89, (5, 5): .92, (6, 9): .91, (7, 2): .83, (7, 10): .91}
+    for place, score in published.items():
+        assert scores[place] == pytest.approx(score, abs=0.06)
     above = {(layer, head) for layer, head in np.argwhere(scores > 0.4)}
-    assert above == {(5, 0), (5, 1), (5, 5), (6, 9), (7, 2), (7, 10), (9, 6), (9, 9), (10, 0), (10, 1)}
+    assert above == {*published, (5, 0), (9, 6), (9, 9), (10, 0), (10, 1)}
 
 
 def test_gpt2_identifies_indirect_objects_as_published():

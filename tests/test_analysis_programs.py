@@ -1,26 +1,31 @@
-"""The programs: each runs from a checkpoint, saves a picture and its numbers, and says in one line what it cannot do."""
+"""The programs: each runs from a checkpoint, saves a picture and its numbers, and says in one line
+what it cannot do."""
 
 import importlib
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
+
+from configurator import UserError
 
 import numpy as np
 import pytest
 import torch
+from analysis_models import random_model, subject
+from conftest import CHARS, tiny_model
 
 from analysis import NAMES, __main__, report
 from analysis import program as program_module
 from analysis.plots import Panel, draw_panels, token_labels
 from analysis.program import as_json, load_subject, main, text_tokens
-from analysis_models import random_model, subject
-from checkpoint import save_checkpoint
-from configurator import UserError
-from conftest import CHARS, tiny_model
-from data.tokenizer import make_tokenizer
 from export_huggingface import to_hugging_face
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
+from runtime.checkpoint import save_checkpoint
+from runtime.tokenizer import make_tokenizer
 
 SINGLE = [name for name in NAMES if name not in ('report', 'similarity')]
 TEXT = ('ablation', 'similarity', 'spectrum')
@@ -31,7 +36,8 @@ def checkpoint(tmp_path, data_dir):
     """Save a random model as the trainer would, and return the path."""
     def make(model_class, name='ckpt.pt', **settings):
         path = tmp_path / name
-        save_checkpoint(path, random_model(model_class, **settings), CHARS, {'dataset': str(data_dir)}, 0)
+        save_checkpoint(path, random_model(model_class, **settings), make_tokenizer(CHARS),
+                        {'dataset': str(data_dir)}, 0)
         return path
     return make
 
@@ -40,7 +46,8 @@ def entry(name):
     module = importlib.import_module(f'analysis.{name}')
     if name == 'report':
         return module.main
-    return lambda: main(name, module.Config, module.analyse, module.table, module.plot, getattr(module, 'plot_prompt', None))
+    return lambda: main(name, module.Config, module.analyse, module.table, module.plot,
+                        getattr(module, 'plot_prompt', None))
 
 
 def saved(out_dir, name):
@@ -50,25 +57,36 @@ def saved(out_dir, name):
 
 @pytest.mark.parametrize('name', [name for name in SINGLE if name != 'ioi'])
 def test_the_trunk_of_a_k_ahead_model_gives_the_numbers_of_the_ordinary_model(name, data_dir):
-    module, ordinary = importlib.import_module(f'analysis.{name}'), random_model(GPT_MLA, n_latent=6)
+    module = importlib.import_module(f'analysis.{name}')
+    ordinary = random_model(GPT_MLA, n_latent=6)
     text = {'text': str(data_dir)} if name in TEXT else {}
     one, two = (as_json(module.analyse(subject(model), module.Config(**text)))
                 for model in (ordinary, GPT_KAhead.from_gpt(ordinary, k_ahead=3)))
     assert one == two
 
 
-@pytest.mark.parametrize('name', [name for name in SINGLE if name not in ('ioi', 'latent_directions')])
-def test_gpt2s_published_form_is_taken_apart(name, tmp_path, data_dir):
-    """From a Hugging Face directory, and from nanoGPT's checkpoint of the same weights: the same numbers."""
+@pytest.fixture(scope='module')
+def published_forms(tmp_path_factory):
+    """The same weights in a Hugging Face directory and in nanoGPT's checkpoint."""
+    folder = tmp_path_factory.mktemp('published')
     model = random_model(GPT, vocab_size=50257)
-    to_hugging_face(model).save_pretrained(tmp_path / 'hf')
+    to_hugging_face(model).save_pretrained(folder / 'hf')
     args = {key: getattr(model.config, key) for key in
             ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
-    torch.save({'model': model.state_dict(), 'model_args': args, 'iter_num': 1, 'best_val_loss': 9.0, 'config': {}}, tmp_path / 'ckpt.pt')
+    torch.save({'model': model.state_dict(), 'model_args': args, 'iter_num': 1,
+                'best_val_loss': 9.0, 'config': {}}, folder / 'ckpt.pt')
+    return [load_subject(str(folder / source), 'cpu') for source in ('hf', 'ckpt.pt')]
+
+
+@pytest.mark.parametrize('name', [name for name in SINGLE if name not in
+                                  ('ioi', 'latent_directions')])
+def test_gpt2s_published_form_is_taken_apart(name, published_forms, data_dir):
+    """A Hugging Face directory and nanoGPT's checkpoint of the same weights give the same
+    numbers."""
     (data_dir / 'meta.pkl').unlink()  # then the tokens count as GPT-2's
     module = importlib.import_module(f'analysis.{name}')
-    config = module.Config(**{'text': str(data_dir)} if name in TEXT else {})
-    one, two = (module.analyse(load_subject(str(tmp_path / source), 'cpu'), config) for source in ('hf', 'ckpt.pt'))
+    config = module.Config(**{'text': str(data_dir), 'max_tokens': 160} if name in TEXT else {})
+    one, two = (module.analyse(s, config) for s in published_forms)
     for (key, mine), theirs in zip(as_json(one).items(), as_json(two).values()):
         mine, theirs = (np.array(list(flat(value)), dtype=float) for value in (mine, theirs))
         assert mine == pytest.approx(theirs, abs=5e-3, nan_ok=True), key
@@ -99,13 +117,14 @@ def test_each_program_saves_a_picture_and_its_numbers(name, checkpoint, program,
 
 
 def test_ioi_and_induction_from_a_hugging_face_directory(program, tmp_path):
-    to_hugging_face(random_model(GPT, vocab_size=50257, block_size=64)).save_pretrained(tmp_path / 'hf')
-    code, stdout, stderr = program(entry('ioi'), f'--model={tmp_path / "hf"}', f'--out_dir={tmp_path / "a"}', '--prompts=4',
-                                   '--patch_prompts=2')
+    model = to_hugging_face(random_model(GPT, vocab_size=50257, block_size=64))
+    model.save_pretrained(tmp_path / 'hf')
+    options = [tmp_path / 'hf', f'--out_dir={tmp_path / "a"}']
+    code, stdout, stderr = program(entry('ioi'), *options, '--prompts=4', '--patch_prompts=2')
     assert code == 0, stderr
     numbers = saved(tmp_path / 'a', 'ioi')
     assert np.shape(numbers['restored']) == (2, 2, 6) and 'IO preferred in' in stdout
-    code, *_ = program(entry('induction_heads'), f'--model={tmp_path / "hf"}', f'--out_dir={tmp_path / "a"}', '--sequences=2')
+    code, *_ = program(entry('induction_heads'), *options, '--sequences=2')
     assert code == 0
 
 
@@ -115,30 +134,33 @@ def test_a_prompt_is_drawn_with_the_heads_asked_for(checkpoint, program, tmp_pat
     assert code == 0 and 'attention_patterns_prompt.png' in stdout, stderr
     assert (tmp_path / 'a' / 'attention_patterns_prompt.png').exists()
     numbers = saved(tmp_path / 'a', 'attention_patterns')
-    assert numbers['prompt_tokens'] == list('abc␣abc') and list(numbers['prompt_patterns']) == ['0.1', '1.0']
-    assert np.sum(numbers['prompt_patterns']['0.1'], axis=1) == pytest.approx(np.ones(7), abs=1e-4)
+    patterns = numbers['prompt_patterns']
+    assert numbers['prompt_tokens'] == list('abc␣abc') and list(patterns) == ['0.1', '1.0']
+    assert np.sum(patterns['0.1'], axis=1) == pytest.approx(np.ones(7), abs=1e-4)
 
 
 def test_each_model_has_a_folder_of_its_own(checkpoint, program, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ('ckpt.pt', 'ckpt_mla.pt'):
         program(entry('induction_heads'), f'--model={checkpoint(GPT, name)}')
-    found = sorted(path.relative_to(tmp_path / 'out_analysis') for path in tmp_path.glob('out_analysis/**/*.json'))
-    assert list(map(str, found)) == ['ckpt/induction_heads.json', 'ckpt_mla/induction_heads.json']
+    found = sorted(map(str, (tmp_path / 'out_analysis').glob('**/*.json')))
+    assert found == [f'{tmp_path}/out_analysis/{name}/induction_heads.json'
+                     for name in ('ckpt', 'ckpt_mla')]
 
 
 @pytest.mark.parametrize('other', [GPT, GPT_KAhead])
 def test_similarity_of_two_checkpoints(other, checkpoint, program, tmp_path):
     one, two = checkpoint(GPT_MLA), checkpoint(other, 'other.pt', n_layer=3, n_embd=24, n_head=3)
-    code, stdout, stderr = program(entry('similarity'), f'--model={one}', f'--other={two}', f'--out_dir={tmp_path / "a"}')
+    code, stdout, stderr = program(entry('similarity'), one, two, f'--out_dir={tmp_path / "a"}')
     assert code == 0, stderr
     numbers = saved(tmp_path / 'a', 'similarity')
-    assert np.shape(numbers['residual']) == (3, 4) and np.shape(numbers['heads']) == (4, 9) and len(numbers['matches']) == 4
+    assert np.shape(numbers['residual']) == (3, 4) and np.shape(numbers['heads']) == (4, 9)
+    assert len(numbers['matches']) == 4
 
 
 def test_report_is_one_file_with_all_that_can_be_asked(checkpoint, program, tmp_path):
     mha, mla, out = checkpoint(GPT), checkpoint(GPT_MLA, 'ckpt_mla.pt'), tmp_path / 'report'
-    code, stdout, stderr = program(report.main, f'--model={mha}', f'--other={mla}', f'--out_dir={out}')
+    code, stdout, stderr = program(report.main, mha, mla, f'--out_dir={out}')
     assert code == 0, stderr
     page = (out / 'report.html').read_text()
     assert page.count('<h2') == len(report.PARTS) == len(NAMES) - 1
@@ -152,19 +174,38 @@ def test_report_is_one_file_with_all_that_can_be_asked(checkpoint, program, tmp_
     assert numbers['models'] == {'MHA': str(mha), 'MLA': str(mla)}
 
 
-def test_report_of_two_models_of_one_kind(checkpoint, program, tmp_path):
-    one, two = checkpoint(GPT), checkpoint(GPT, 'b.pt')
-    code, _, stderr = program(report.main, f'--model={one}', f'--other={two}', f'--out_dir={tmp_path / "r"}')
+def test_report_of_two_models_of_one_kind(checkpoint, program, tmp_path, monkeypatch):
+    # the test above looks at pictures
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda _, path, dpi: path.touch())
+    one, two, out_dir = checkpoint(GPT), checkpoint(GPT, 'b.pt'), f'--out_dir={tmp_path / "r"}'
+    code, _, stderr = program(report.main, f'--model={one}', f'--other={two}', out_dir)
     assert code == 0, stderr
-    code, _, stderr = program(report.main, f'--model={one}', f'--other={one}', f'--out_dir={tmp_path / "r"}')
+    code, _, stderr = program(report.main, f'--model={one}', f'--other={one}', out_dir)
     assert code == 2 and 'is the same as model' in stderr
 
 
-def test_the_list_has_a_line_for_each(program):
-    code, stdout, _ = program(__main__.main)
+@pytest.mark.parametrize('arguments', [[], ['--help'], ['-h']])
+def test_the_list_has_a_line_for_each(arguments, program):
+    code, stdout, _ = program(__main__.main, *arguments)
+    assert 'python -m analysis.copying out/ckpt.pt' in stdout
     lines = [line for line in stdout.splitlines() if line.startswith('  ')]
     assert code == 0 and [line.split()[0] for line in lines] == list(NAMES)
     assert all(len(line.split()) > 4 and len(line) < 130 for line in lines)
+
+
+@pytest.mark.parametrize('command', [['-m', 'analysis.copying'], ['analysis/copying.py']])
+def test_help_explains_an_analysis_however_it_is_started(command):
+    ran = subprocess.run([sys.executable, *command, '--help'], cwd=Path(report.__file__).parents[1],
+                         capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith('Do heads copy what they read?')
+    assert 'python -m analysis.copying out/ckpt.pt' in ran.stdout and '--model=' in ran.stdout
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_analysis_has_an_example(name):
+    module = importlib.import_module(f'analysis.{name}')
+    assert f'    python -m analysis.{name} ' in module.__doc__ and 'needs' in module.__doc__
 
 
 @pytest.mark.parametrize('name, options, words', [
@@ -175,7 +216,8 @@ def test_the_list_has_a_line_for_each(program):
     ('induction_heads', ['--model=CKPT', '--out_dir=CKPT/x'], ['out_dir=', 'give another']),
     ('attention_patterns', ['--model=CKPT', '--prompt=abc', '--heads=7.7'], ["heads='7.7'", '1.1']),
     ('attention_patterns', ['--model=CKPT', '--prompt=XYZ'], ['prompt', "'X'"]),
-    ('attention_patterns', ['--model=CKPT', '--prompt=abcabcabcabcabcabc'], ['18 tokens', 'block_size=16']),
+    ('attention_patterns', ['--model=CKPT', '--prompt=' + 6 * 'abc'],
+     ['18 tokens', 'block_size=16']),
     ('composition', ['--model=ONE_LAYER'], ['n_layer=1']),
     ('ioi', ['--model=CKPT'], ['one token', 'GPT-2']),
     ('latent_directions', ['--model=CKPT'], ['give an MLA model']),
@@ -185,7 +227,8 @@ def test_the_list_has_a_line_for_each(program):
     ('similarity', ['--model=CKPT', '--other=CKPT', '--max_tokens=20'], ['max_tokens=32']),
     ('report', ['--model=CKPT', '--other=ONE_LAYER', '--text=nonsense'], ['nonsense']),
     ('report', ['--model=CKPT', '--other=CKPT'], ['is the same as']),
-    ('ablation', ['--model=CKPT', '--text=FILE:none.txt'], ['text=FILE:none.txt', 'cannot be read']),
+    ('ablation', ['--model=CKPT', '--text=FILE:none.txt'],
+     ['text=FILE:none.txt', 'cannot be read']),
     ('ablation', ['--model=CKPT', '--text=nonsense'], ['nonsense']),
     ('spectrum', ['--model=CKPT', '--text=nonsense'], ['nonsense']),
     ('similarity', ['--model=CKPT'], ['other is empty']),
@@ -196,14 +239,16 @@ def test_a_mistake_is_one_line(name, options, words, checkpoint, program, tmp_pa
     for short, path in paths.items():
         options = [option.replace(short, str(path)) for option in options]
     code, _, stderr = program(entry(name), f'--out_dir={tmp_path / "a"}', *options)
-    assert code == 2 and stderr.count('\n') == 1 and all(word in stderr for word in words), stderr
+    assert code == 2 and stderr.count('\n') == 1, stderr
+    assert all(word in stderr for word in words), stderr
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path, program):
     model = random_model(GPT)
     model.transformer.h[1].attn.c_proj.weight.data[3, 3] = np.nan
-    save_checkpoint(tmp_path / 'ckpt.pt', model, CHARS, {}, 0)
-    code, _, stderr = program(entry('spectrum'), f'--model={tmp_path / "ckpt.pt"}', f'--out_dir={tmp_path}')
+    path = tmp_path / 'ckpt.pt'
+    save_checkpoint(path, model, make_tokenizer(CHARS), {}, 0)
+    code, _, stderr = program(entry('spectrum'), f'--model={path}', f'--out_dir={tmp_path}')
     assert code == 2 and stderr.count('\n') == 1 and 'h.1.attn.c_proj.weight' in stderr
 
 
@@ -214,9 +259,9 @@ def test_the_list_takes_no_names(program, monkeypatch):
 
 
 def test_text_of_a_model_that_names_none(tmp_path, data_dir, monkeypatch):
-    s = subject(tiny_model(GPT))
-    s.source = str(tmp_path / 'ckpt.pt')
-    save_checkpoint(s.source, s.model, CHARS, {}, 0)
+    path = tmp_path / 'ckpt.pt'
+    save_checkpoint(path, tiny_model(GPT), make_tokenizer(CHARS), {}, 0)
+    s = load_subject(path, 'cpu')
     with pytest.raises(UserError, match='--text='):
         text_tokens(s, '')
     (tmp_path / 'text.txt').write_text('abcabc\nabcabc abc ' * 4)
@@ -232,10 +277,12 @@ def test_text_of_a_model_that_names_none(tmp_path, data_dir, monkeypatch):
 
 def test_pictures_of_models_side_by_side_have_one_scale():
     maps = {'MHA': np.array([[0.0, 1]]), 'MLA': np.array([[5.0, np.nan]])}
-    figure = draw_panels('title', [Panel('what', maps, 'unit', 0, None), Panel('other', maps, 'unit', -1, 1)])
-    images = [image for box in figure.subfigs for ax in box.axes for image in ax.get_images()]
+    figure = draw_panels('title', [Panel('what', maps, 'unit', 0, None),
+                                   Panel('other', maps, 'unit', -1, 1)])
+    axes = [ax for box in figure.subfigs for ax in box.axes]
+    images = [image for ax in axes for image in ax.get_images()]
     assert [image.get_clim() for image in images] == [(0, 5)] * 2 + [(-1, 1)] * 2
-    assert [ax.get_title() for box in figure.subfigs for ax in box.axes][:2] == ['what\nMHA', 'what\nMLA']
+    assert [ax.get_title() for ax in axes][:2] == ['what\nMHA', 'what\nMLA']
     figure.canvas.draw()
 
 

@@ -1,18 +1,22 @@
 import json
-from pathlib import Path
+import time
+from dataclasses import dataclass
 
 import pytest
+import torch
 from conftest import CHARS, tiny_model
 
 import bench
-from checkpoint import save_checkpoint
-from data.tokenizer import gpt2_encoding
+from model import GPT, GPTConfig
 from model_k_ahead import GPT_KAhead
+from models import MODELS, Entry
+from runtime.checkpoint import save_checkpoint
+from runtime.tokenizer import gpt2_encoding, make_tokenizer
 
-TINY = ['decode', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--vocab_size=50', '--device=cpu', '--rounds=1',
-        '--contexts=4']
+TINY = ['decode', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--vocab_size=50',
+        '--device=cpu', '--rounds=1', '--contexts=4']
 
-# A stand-in for a nanoGPT checkout: what bench.py touches of its model.py, on top of this project's GPT.
+# A stand-in for a nanoGPT checkout: what bench.py touches of its model.py, on top of our GPT.
 PEER = '''
 from dataclasses import dataclass
 import torch, model
@@ -42,33 +46,57 @@ class GPT(model.GPT):
 
 def test_decode_measures_all_in_one_run(tmp_path, program):
     (tmp_path / 'model.py').write_text(PEER)
-    code, out, err = program(bench.main, *TINY, '--contexts=1,20', '--new_tokens=15', f'--against={tmp_path},transformers',
-                             '--batch_size=3', '--json=True')
+    code, out, err = program(bench.main, *TINY, '--contexts=1,20', '--new_tokens=15',
+                             f'--against={tmp_path},transformers', '--batch_size=3', '--json=True')
     assert code == 0, err
     report = json.loads(out)
     rows = {(row['context'], row['model']): row for row in report['rows']}
-    assert set(rows) == {(n, name) for n in (1, 20) for name in ('MHA', 'MLA', 'nanoGPT', 'transformers')}
-    assert all(row['tokens_per_second'] > 0 and row['first_token_seconds'] > 0 for row in rows.values())
-    assert [rows[n, 'MHA']['new_tokens'] for n in (1, 20)] == [15, 12]  # block_size leaves 12 behind the 20
+    names = ('MHA', 'MLA', 'nanoGPT', 'transformers')
+    assert set(rows) == {(n, name) for n in (1, 20) for name in names}
+    for row in rows.values():
+        assert row['tokens_per_second'] > 0 and row['first_token_seconds'] > 0
+    # block_size leaves 12 behind the 20
+    assert [rows[n, 'MHA']['new_tokens'] for n in (1, 20)] == [15, 12]
     for n, length in ((1, 16), (20, 32)):
-        assert rows[n, 'MHA']['cache_bytes'] == 2 * 3 * length * 2 * 16 * 4  # layers, rows, tokens, k and v, n_embd, bytes
+        # layers, rows, tokens, k and v, n_embd, bytes
+        assert rows[n, 'MHA']['cache_bytes'] == 2 * 3 * length * 2 * 16 * 4
         assert rows[n, 'MLA']['cache_bytes'] * 4 == rows[n, 'MHA']['cache_bytes']
         assert rows[n, 'nanoGPT']['cache_bytes'] is None
     assert report['settings']['n_latent'] == 8
 
 
 def test_decode_prints_a_table(program):
-    code, out, err = program(bench.main, *TINY, '--contexts=4', '--new_tokens=3', '--dtype=bfloat16')
+    code, out, err = program(bench.main, *TINY, '--new_tokens=3', '--dtype=bfloat16')
     assert code == 0 and 'bfloat16' in out and out.count('MLA') == 2, err
     assert ' MHA ' in out and '1.00x' in out and '0.00 MB' in out
 
 
+def test_a_new_attention_is_measured_once_it_is_in_the_registry(program, monkeypatch):
+    @dataclass
+    class ToyConfig(GPTConfig):
+        n_toys: int = 1  # a key that no other model has
+
+    class Toy(GPT):
+        model_type, config_class = 'toy', ToyConfig
+
+    monkeypatch.setitem(MODELS, 'toy', Entry(Toy, 'Toy', 'C3'))
+    code, out, err = program(bench.main, *TINY, '--new_tokens=3', '--n_toys=2', '--json')
+    assert code == 0, err
+    report = json.loads(out)
+    assert [row['model'] for row in report['rows']] == ['MHA', 'MLA', 'Toy']
+    assert report['settings']['n_toys'] == 2 and report['settings']['n_latent'] == 8
+    names = [name for name, *_ in bench.step_contenders({'n_toys': 3})]
+    assert names == ['MHA', 'MLA', 'Toy', 'k-ahead', 'k-ahead, linear heads']
+
+
 def test_prepare_counts_tokens_and_names_what_is_missing(program, tmp_path):
     source = tmp_path / 'corpus.jsonl'
-    source.write_text(''.join(json.dumps({'text': f'document {i} of a few'}) + '\n' for i in range(40)))
-    code, out, err = program(bench.main, 'prepare', f'--source={source}', '--rounds=1', '--workers=1')
+    documents = [f'document {i} of a few' for i in range(40)]
+    source.write_text(''.join(json.dumps({'text': text}) + '\n' for text in documents))
+    code, out, err = program(bench.main, 'prepare', f'--source={source}', '--rounds=1',
+                             '--workers=1')
     assert code == 0, err
-    tokens = sum(len(gpt2_encoding().encode_ordinary(f'document {i} of a few')) + 1 for i in range(40))
+    tokens = sum(len(gpt2_encoding().encode_ordinary(text)) + 1 for text in documents)
     assert f' {tokens} tokens' in out
     for args in (['--source=none.jsonl'], ['--against=nowhere']):
         code, _, err = program(bench.main, 'prepare', *args)
@@ -77,8 +105,8 @@ def test_prepare_counts_tokens_and_names_what_is_missing(program, tmp_path):
 
 def test_train_shows_that_four_heads_need_hardly_more_memory(program):
     """With logits of 67 MB, which four heads at once would make 268."""
-    args = ['train', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=256', '--vocab_size=16384', '--batch_size=4',
-            '--device=cpu', '--steps=1', '--json']
+    args = ['train', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=256',
+            '--vocab_size=16384', '--batch_size=4', '--device=cpu', '--steps=1', '--json']
     code, out, err = program(bench.main, *args)
     assert code == 0, err
     rows = {row['model']: row for row in json.loads(out)['rows']}
@@ -91,45 +119,48 @@ def test_train_shows_that_four_heads_need_hardly_more_memory(program):
 
 def save_k_ahead(path, **settings):
     model = tiny_model(GPT_KAhead, **settings)
-    save_checkpoint(path, model, CHARS, {}, 1)
+    save_checkpoint(path, model, make_tokenizer(CHARS), {}, 1)
 
 
 def test_k_ahead_measures_a_checkpoint(tmp_path, data_dir, program):
     save_k_ahead(tmp_path / 'ckpt_k_ahead.pt')
-    args = ['k-ahead', f'--out_dir={tmp_path}', f'--dataset={data_dir}', '--prompts=5', '--batch_size=2', '--new_tokens=12',
+    args = [f'--dataset={data_dir}', '--prompts=5', '--batch_size=2', '--new_tokens=12',
             '--prompt_tokens=4', '--device=cpu']
-    code, out, err = program(bench.main, *args, '--json')
+    code, out, err = program(bench.main, 'k-ahead', f'--out_dir={tmp_path}', *args, '--json')
     assert code == 0, err
     result = json.loads(out)
-    assert result['same_texts'] == 5 and 1 <= result['tokens_per_pass'] == 1 + sum(result['guesses_that_stood']) <= 4
-    assert result['speed_up'] == result['tokens_per_second'] / result['one_at_a_time_tokens_per_second']
-    code, out, err = program(bench.main, *args)
-    assert code == 0 and 'guess of head 4 stood' in out and '5 of 5 prompts' in out, err
+    assert result['same_texts'] == 5
+    assert 1 <= result['tokens_per_pass'] == 1 + sum(result['guesses_that_stood']) <= 4
+    rate, slow_rate = result['tokens_per_second'], result['one_at_a_time_tokens_per_second']
+    assert result['speed_up'] == rate / slow_rate
+    for source in (tmp_path / 'ckpt_k_ahead.pt', f'--model={tmp_path}'):
+        code, out, err = program(bench.main, 'k-ahead', source, *args)
+        assert code == 0 and 'guess of head 4 stood' in out and '5 of 5 prompts' in out, err
 
 
 @pytest.mark.parametrize('args, words', [
     (['--prompts=0'], 'prompts=0 must be at least 1'), (['--dataset=nowhere'], 'dataset=nowhere'),
-    (['--out_dir=nowhere'], 'there is no checkpoint'), (['--prompt_tokens=16'], 'leaves no room to guess in block_size=16'),
-    (['--temperature=1e-9'], 'must be 0 or at least 0.001'), (['--dataset='], 'does not name the data'),
-    (['--temperature=-1'], 'temperature=-1')])
+    (['--out_dir=nowhere'], 'there is no checkpoint'),
+    (['nowhere'], 'there is no checkpoint'),
+    (['--prompt_tokens=16'], 'leaves no room to guess in block_size=16'),
+    (['--temperature=1e-9'], 'must be 0 or at least 0.001'),
+    (['--dataset='], 'does not name the data'), (['--temperature=-1'], 'temperature=-1')])
 def test_bad_input_to_k_ahead(args, words, tmp_path, data_dir, program):
     save_k_ahead(tmp_path / 'ckpt_k_ahead.pt')
-    code, out, err = program(bench.main, 'k-ahead', f'--out_dir={tmp_path}', f'--dataset={data_dir}', '--device=cpu', *args)
+    code, out, err = program(bench.main, 'k-ahead', f'--out_dir={tmp_path}',
+                             f'--dataset={data_dir}', '--device=cpu', *args)
     assert code == 2 and words in err and err.count('\n') == 1 and out == ''
 
 
 def test_k_ahead_needs_several_heads(tmp_path, data_dir, program):
     save_k_ahead(tmp_path / 'ckpt_k_ahead.pt', k_ahead=1)
-    code, _, err = program(bench.main, 'k-ahead', f'--out_dir={tmp_path}', f'--dataset={data_dir}', '--device=cpu')
+    code, _, err = program(bench.main, 'k-ahead', f'--out_dir={tmp_path}',
+                           f'--dataset={data_dir}', '--device=cpu')
     assert code == 2 and 'of one head' in err and err.count('\n') == 1
 
 
 def test_passes_are_counted_whoever_makes_them():
     """A model of known slowness: the measured rate is that of its passes."""
-    import time
-
-    import torch
-
     class Slow(torch.nn.Module):
         def forward(self, idx):
             time.sleep(0.05 if idx.size(1) > 1 else 0.01)
@@ -140,16 +171,19 @@ def test_passes_are_counted_whoever_makes_them():
         model(idx)
         for _ in range(n - 1):
             model(idx[:, :1])
-    first, rate = bench.time_decoding(bench.Contender('slow', model, decode, None), torch.zeros(4, 9), 6)
+    contender = bench.Contender('slow', model, decode, None)
+    first, rate = bench.time_decoding(contender, torch.zeros(4, 9), 6)
     assert 0.05 <= first < 0.1 and 0.4 * 4 / 0.01 < rate <= 4 / 0.01 and not model._forward_hooks
 
 
 @pytest.mark.parametrize('args, words', [
-    ([], "what to measure is ''"), (['training'], "what to measure is 'training'"), (TINY + ['--contexts=a'], "contexts='a'"),
-    (['train', '--n_layer=1'], "n_layer=1 must be at least 2"), (['train', '--k_ahead=0'], 'k_ahead=0'),
-    (['train', '--steps=0'], 'steps=0'),
-    (TINY + ['--contexts=31'], 'between 1 and block_size - 2 = 30'), (TINY + ['--contexts='], "contexts=''"),
-    (TINY + ['--against=nowhere'], "against='nowhere'"), (TINY + ['--new_tokens=1'], 'new_tokens=1 must be at least 2'),
+    ([], "what to measure is ''"), (['training'], "what to measure is 'training'"),
+    (['train', '--n_layer=1'], 'n_layer=1 must be at least 2'),
+    (['train', '--k_ahead=0'], 'k_ahead=0'), (['train', '--steps=0'], 'steps=0'),
+    (TINY + ['--contexts=a'], "contexts='a'"), (TINY + ['--contexts='], "contexts=''"),
+    (TINY + ['--contexts=31'], 'between 1 and block_size - 2 = 30'),
+    (TINY + ['--against=nowhere'], "against='nowhere'"),
+    (TINY + ['--new_tokens=1'], 'new_tokens=1 must be at least 2'),
     (TINY + ['--n_head=3'], 'not divisible'), (TINY + ['--context=3'], 'did you mean contexts?')])
 def test_bad_input(args, words, program):
     code, out, err = program(bench.main, *args)
@@ -160,3 +194,13 @@ def test_another_program_is_no_nanogpt(tmp_path, program):
     (tmp_path / 'model.py').write_text('x = 1')
     code, _, err = program(bench.main, *TINY, f'--against={tmp_path}')
     assert code == 2 and "is not nanoGPT's (AttributeError" in err and err.count('\n') == 1
+
+
+def test_every_subcommand_has_a_help_of_its_own(program):
+    code, out, _ = program(bench.main, '--help')
+    assert code == 0 and all(f'bench.py {name}' in out for name in bench.COMMANDS)
+    for name, key in (('decode', 'contexts'), ('train', 'steps'), ('k-ahead', 'prompts'),
+                      ('prepare', 'workers')):
+        code, out, _ = program(bench.main, name, '--help')
+        assert code == 0 and out.startswith('Measure') and f'python bench.py {name} ' in out
+        assert 'It needs' in out and f'--{key}=' in out and out.count('Measure ') == 1

@@ -5,12 +5,14 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import BOTH, tiny_model
+from conftest import ALL, BOTH, tiny_model
 from torch.nn import functional as F
 
-import model as model_module
-from model import GPT, Linear, causal_mask
+from generate import RaggedCache, causal_mask, new_cache
+from model import GPT
+from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
+from runtime.cpu_linear import CpuLinear, use_cpu_linear
 
 
 def randomised(model_class, **settings):
@@ -21,7 +23,7 @@ def randomised(model_class, **settings):
 
 
 def read_in_chunks(model, idx, chunks, length=16):
-    cache, logits, start = model.new_cache(len(idx), length), [], 0
+    cache, logits, start = new_cache(model, len(idx), length), [], 0
     for size in chunks:
         part = idx[:, start:start + size]
         logits.append(model(part, part, cache=cache)[0])
@@ -40,7 +42,8 @@ def test_every_way_of_cutting_a_prompt_into_chunks(model_class, bias):
     for n_cuts in range(8):
         for cuts in combinations(range(1, 8), n_cuts):
             chunks = [b - a for a, b in zip((0, *cuts), (*cuts, 8))]
-            torch.testing.assert_close(read_in_chunks(model, idx, chunks), wanted, atol=1e-12, rtol=1e-12)
+            chunked = read_in_chunks(model, idx, chunks)
+            torch.testing.assert_close(chunked, wanted, atol=1e-12, rtol=1e-12)
 
 
 @BOTH
@@ -49,9 +52,10 @@ def test_float32_and_bfloat16_stay_close(model_class):
     model = randomised(model_class)
     idx = torch.randint(14, (3, 16))
     wanted = model(idx, idx)[0]
-    torch.testing.assert_close(read_in_chunks(model, idx, [5, 1, 1, 4, 5]), wanted, atol=1e-4, rtol=1e-4)
+    chunked = read_in_chunks(model, idx, [5, 1, 1, 4, 5])
+    torch.testing.assert_close(chunked, wanted, atol=1e-4, rtol=1e-4)
     model.bfloat16()
-    cache = model.new_cache(3, 16)
+    cache = new_cache(model, 3, 16)
     assert all(tensor.dtype == torch.bfloat16 for layer in cache for tensor in layer.tensors)
     error = (read_in_chunks(model, idx, [5, 1, 1, 4, 5]).float() - wanted).std() / wanted.std()
     assert error < 0.05
@@ -72,18 +76,19 @@ def test_under_autocast(model_class):
 def test_what_the_cache_forgets_has_never_been(model_class):
     model = randomised(model_class).double()
     idx, other = torch.randint(14, (2, 2, 9))
-    cache = model.new_cache(2, 9)
+    cache = new_cache(model, 2, 9)
     model(idx[:, :4], cache=cache)
     model(other[:, 4:], cache=cache)
     for layer in cache:
         layer.n = 4
-    torch.testing.assert_close(model(idx[:, 4:], cache=cache)[0], model(idx)[0], atol=1e-12, rtol=1e-12)
+    rest, _ = model(idx[:, 4:], cache=cache)
+    torch.testing.assert_close(rest, model(idx)[0], atol=1e-12, rtol=1e-12)
 
 
 @BOTH
 def test_a_cache_that_is_full_is_refused(model_class):
     model = tiny_model(model_class)
-    cache = model.new_cache(1, 16)
+    cache = new_cache(model, 1, 16)
     model(torch.zeros(1, 10, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match='17 tokens does not fit into block_size=16'):
         model(torch.zeros(1, 7, dtype=torch.long), cache=cache)
@@ -95,7 +100,7 @@ def test_mla_remembers_the_latent_and_builds_no_key_or_value_after_the_prompt():
     for block in model.transformer.h:
         for linear in (block.attn.key, block.attn.value):
             linear.register_forward_hook(lambda module, args, out: built.append(out.shape))
-    cache = model.new_cache(2, 16)
+    cache = new_cache(model, 2, 16)
     assert [tensor.shape for layer in cache for tensor in layer.tensors] == [(2, 16, 8)] * 2
     idx = torch.randint(14, (2, 16))
     model(idx[:, :6], cache=cache)
@@ -106,7 +111,8 @@ def test_mla_remembers_the_latent_and_builds_no_key_or_value_after_the_prompt():
     assert len(built) == 4
     x = model.transformer.drop(model.transformer.wte(idx) + model.transformer.wpe(torch.arange(16)))
     attn = model.transformer.h[0].attn
-    torch.testing.assert_close(cache[0].tensors[0], attn.latent_enc(model.transformer.h[0].ln_1(x)), atol=1e-5, rtol=1e-5)
+    latents = attn.latent_enc(model.transformer.h[0].ln_1(x))
+    torch.testing.assert_close(cache[0].tensors[0], latents, atol=1e-5, rtol=1e-5)
 
 
 @BOTH
@@ -119,7 +125,7 @@ def test_a_prompt_runs_through_the_fused_causal_kernel(model_class, monkeypatch)
         return kernel(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
     monkeypatch.setattr(F, 'scaled_dot_product_attention', spy)
     model = tiny_model(model_class)
-    model(torch.zeros(3, 7, dtype=torch.long), cache=model.new_cache(3, 16))
+    model(torch.zeros(3, 7, dtype=torch.long), cache=new_cache(model, 3, 16))
     assert calls == [((3, 2, 7, 8), True, True)] * 2
 
 
@@ -137,20 +143,28 @@ def test_absorbed_attention_is_the_naive_one_in_float64():
                     query = q[b, 4 - T + t, 8 * h:8 * h + 8]
                     weights = torch.softmax(k[b, h, :seen] @ query / math.sqrt(8), 0)
                     wanted[b, t, 8 * h:8 * h + 8] = weights @ v[b, h, :seen]
-        torch.testing.assert_close(attn.attend_absorbed(q[:, 4 - T:], c, causal_mask(T, 11, torch.float64, "cpu")), wanted, atol=1e-12, rtol=1e-12)
+        mask = causal_mask(T, 11, torch.float64, 'cpu')
+        absorbed = attn.attend_absorbed(q[:, 4 - T:], c, mask)
+        torch.testing.assert_close(absorbed, wanted, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize('n_in, n_out', [(300, 512), (128, 1009), (64, 3 * 569)])  # the last two: a prime, and 3 times one
+def in_float64(layer, x):
+    bias = None if layer.bias is None else layer.bias.double()
+    return F.linear(x.double(), layer.weight.double(), bias)
+
+
+# the last two numbers of outputs: a prime, and 3 times one
+@pytest.mark.parametrize('n_in, n_out', [(300, 512), (128, 1009), (64, 3 * 569)])
 @pytest.mark.parametrize('bias', [True, False])
 @torch.no_grad()
 def test_linear_is_torchs(n_in, n_out, bias, monkeypatch):
     torch.manual_seed(0)
-    ours = Linear(n_in, n_out, bias=bias)
+    ours = CpuLinear(n_in, n_out, bias=bias)
     for threads in (1, 2, 3, 16):
-        monkeypatch.setattr(model_module.torch, 'get_num_threads', lambda: threads)
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
         for shape in ((1, 1), (1, 8), (4, 2), (3, 3), (), (5,)):
             x = torch.randn(*shape, n_in)
-            wanted = F.linear(x.double(), ours.weight.double(), None if ours.bias is None else ours.bias.double())
+            wanted = in_float64(ours, x)
             assert ours(x).shape == wanted.shape
             torch.testing.assert_close(ours(x).double(), wanted, atol=1e-5, rtol=1e-5)
 
@@ -159,21 +173,54 @@ def test_linear_is_torchs(n_in, n_out, bias, monkeypatch):
 @pytest.mark.parametrize('bias', [True, False])
 @torch.no_grad()
 def test_linear_in_half_precision(dtype, tolerance, bias):
-    ours, enabled = Linear(64, 32, bias=bias).to(dtype), torch.backends.mkldnn.enabled
+    ours, enabled = CpuLinear(64, 32, bias=bias).to(dtype), torch.backends.mkldnn.enabled
     for n_rows in (1, 8, 9, 40):
         x = torch.randn(1, n_rows, 64, dtype=dtype)
-        wanted = F.linear(x.double(), ours.weight.double(), None if ours.bias is None else ours.bias.double())
+        wanted = in_float64(ours, x)
         assert ours(x).dtype == dtype
         torch.testing.assert_close(ours(x).double(), wanted, atol=tolerance, rtol=tolerance)
     assert torch.backends.mkldnn.enabled == enabled
 
 
 def test_linear_has_gradients():
-    layer, x = Linear(400, 300), torch.randn(1, 1, 400, requires_grad=True)
+    layer, x = CpuLinear(400, 300), torch.randn(1, 1, 400, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad[0, 0], layer.weight.sum(0))
 
 
-def test_gpt_has_no_other_linear():
-    for model in (tiny_model(GPT), tiny_model(GPT_MLA)):
-        assert all(type(m) is Linear for m in model.modules() if isinstance(m, torch.nn.Linear))
+@ALL
+def test_use_cpu_linear_leaves_no_other_linear(model_class):
+    model = tiny_model(model_class)
+    assert not any(isinstance(m, CpuLinear) for m in model.modules())
+    assert use_cpu_linear(model) is model
+    assert all(type(m) is CpuLinear for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+@ALL
+@torch.no_grad()
+def test_use_cpu_linear_leaves_outputs_and_names(model_class):
+    model = tiny_model(model_class, n_embd=256, vocab_size=500)  # large enough for the ways round
+    idx, names = torch.randint(500, (1, 6)), list(model.state_dict())
+    wanted = model.next_logits(idx)
+    cache = new_cache(use_cpu_linear(model), 1, 6)
+    model.next_logits(idx[:, :5], cache)
+    torch.testing.assert_close(model.next_logits(idx[:, 5:], cache), wanted, atol=1e-5, rtol=1e-5)
+    assert list(model.state_dict()) == names
+
+
+@torch.no_grad()
+def test_a_cache_of_sequences_that_remember_different_numbers_of_tokens():
+    """Each row reads on after its own tokens, as it does in a cache of its own."""
+    model = GPT_KAhead.from_gpt(randomised(GPT).double(), k_ahead=2)
+    idx, n_read = torch.randint(14, (3, 9)), [2, 5, 3]
+    cache = new_cache(model, 3, 9)
+    model.head_states(idx, cache)
+    more = torch.randint(14, (3, 4))
+    ragged = [RaggedCache(layer.tensors, torch.tensor(n_read)) for layer in cache]
+    assert ragged[0].start.tolist() == [[n] for n in n_read]
+    together = model.head_states(more, ragged)
+    assert ragged[0].n.tolist() == [n + 4 for n in n_read]
+    for row, n in enumerate(n_read):
+        alone = model.head_states(torch.cat((idx[[row], :n], more[[row]]), dim=1))
+        for ours, wanted in zip(together, alone):
+            torch.testing.assert_close(ours[[row]], wanted[:, n:], atol=1e-12, rtol=1e-12)

@@ -4,22 +4,26 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from configurator import UserError
+
 import pytest
 import torch
 from conftest import BOTH, CHARS, tiny_model
 
-import checkpoint as ckpt
-from configurator import UserError
 from model import GPT, GPTConfig
 from model_mla import GPT_MLA
+from runtime import checkpoint as ckpt
+from runtime.loading import load_model
+from runtime.tokenizer import make_tokenizer
 from train import TrainConfig
 
 
-def save(path, model, tokenizer=CHARS):
+def save(path, model, spec=CHARS):
     scaler = torch.amp.GradScaler('cpu', enabled=False)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
-    ckpt.save_checkpoint(path, model, tokenizer, asdict(TrainConfig()), 7, best_val_loss=1.5,
-                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    ckpt.save_checkpoint(path, model, make_tokenizer(spec), asdict(TrainConfig()), 7,
+                         best_val_loss=1.5, optimizer=optimizer.state_dict(),
+                         scaler=scaler.state_dict())
 
 
 @dataclass
@@ -61,7 +65,7 @@ def test_loads_the_way_nanogpt_loads(tmp_path, bias):
 def test_gelu_is_written_only_where_nanogpt_would_compute_something_else(tmp_path):
     save(tmp_path / 'ckpt.pt', tiny_model(GPT, gelu='tanh'))
     assert ckpt.read_checkpoint(tmp_path / 'ckpt.pt')['model_args']['gelu'] == 'tanh'
-    assert ckpt.load_model(tmp_path)[0].config.gelu == 'tanh'
+    assert load_model(tmp_path).model.config.gelu == 'tanh'
 
 
 def test_a_checkpoint_of_nanogpts_loads(tmp_path):
@@ -73,17 +77,18 @@ def test_a_checkpoint_of_nanogpts_loads(tmp_path):
                 'iter_num': 10, 'best_val_loss': torch.tensor(1.5), 'config': {'dataset': str(tmp_path)}},
                tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match='carries no tokenizer'):
-        ckpt.load_model(tmp_path)
+        load_model(tmp_path)
     chars = ''.join(CHARS)
     with open(tmp_path / 'meta.pkl', 'wb') as f:
         pickle.dump({'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}, f)
-    loaded, tokenizer = ckpt.load_model(tmp_path)
+    trained = load_model(tmp_path)
     idx = torch.randint(14, (2, 16))
-    assert torch.equal(loaded(idx, idx)[0], model(idx, idx)[0]) and tokenizer == CHARS
+    assert torch.equal(trained.model(idx, idx)[0], model(idx, idx)[0])
+    assert trained.tokenizer.spec == CHARS
     with open(tmp_path / 'meta.pkl', 'wb') as f:  # of other data: its ids would mean other characters
         pickle.dump({'itos': dict(enumerate(chars[1:]))}, f)
     with pytest.raises(UserError, match='no meta.pkl for a vocabulary of 14'):
-        ckpt.load_model(tmp_path)
+        load_model(tmp_path)
 
 
 @BOTH
@@ -93,18 +98,20 @@ def test_load_model_finds_file_and_folder(tmp_path, model_class):
     save(path, model, 'gpt2')
     idx = torch.randint(14, (2, 16))
     for source in (path, tmp_path):
-        loaded, tokenizer = ckpt.load_model(str(source))
-        assert type(loaded) is model_class and not loaded.training and tokenizer == 'gpt2'
+        trained = load_model(str(source))
+        loaded = trained.model
+        assert type(loaded) is model_class and not loaded.training
+        assert trained.tokenizer.spec == 'gpt2'
         assert torch.equal(loaded(idx, idx)[0], model(idx, idx)[0])
 
 
 def test_a_folder_with_both_gives_the_one_asked_for(tmp_path):
     for model_class, name in ((GPT, 'ckpt.pt'), (GPT_MLA, 'ckpt_mla.pt')):
         save(tmp_path / name, tiny_model(model_class))
-    assert type(ckpt.load_model(tmp_path, model_type='mla')[0]) is GPT_MLA
-    assert type(ckpt.load_model(tmp_path, model_type='gpt')[0]) is GPT
+    assert type(load_model(tmp_path, model_type='mla').model) is GPT_MLA
+    assert type(load_model(tmp_path, model_type='gpt').model) is GPT
     with pytest.raises(UserError, match='several checkpoints: give one of .*ckpt.pt, .*ckpt_mla.pt'):
-        ckpt.load_model(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -135,7 +142,7 @@ def test_what_cannot_be_read_is_reported(tmp_path, content, words, capsys):
     save(path, tiny_model(GPT))
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(UserError, match=words):
-        ckpt.load_model(path)
+        load_model(path)
     assert 'owned' not in capsys.readouterr().out
 
 
@@ -152,7 +159,7 @@ def test_what_does_not_fit_is_reported(tmp_path, change, words):
     change(checkpoint)
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match=words):
-        ckpt.load_model(path)
+        load_model(path)
 
 
 def test_loading_maps_the_file_and_copies_nothing(tmp_path):
@@ -161,10 +168,11 @@ def test_loading_maps_the_file_and_copies_nothing(tmp_path):
     model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=4, n_head=8, n_embd=512))
     weights = sum(p.nbytes for p in model.parameters())
     state = {i: {'exp_avg': torch.ones_like(p), 'exp_avg_sq': torch.ones_like(p)} for i, p in enumerate(model.parameters())}
-    ckpt.save_checkpoint(tmp_path / 'ckpt.pt', model, 'gpt2', {}, 1, optimizer={'state': state})
+    ckpt.save_checkpoint(tmp_path / 'ckpt.pt', model, make_tokenizer('gpt2'), {}, 1, optimizer={'state': state})
     assert (tmp_path / 'ckpt.pt').stat().st_size > 2.9 * weights
     program = f'''
-import sys, torch, checkpoint, generate
+import sys, torch, generate
+from runtime import loading
 from model import GPT, GPTConfig
 
 def peak():
@@ -173,11 +181,11 @@ def peak():
 tiny = GPT(GPTConfig(64, 50304, 1, 1, 8)).eval()
 generate.generate(tiny, torch.zeros(1, 1, dtype=torch.long), 2, 50304)
 before = peak()
-model, _ = checkpoint.load_model({str(tmp_path)!r})
+model = loading.load_model({str(tmp_path)!r}).model
 generate.generate(model, torch.zeros(1, 1, dtype=torch.long), 2, 50304)
 print(peak() - before)
 '''
-    done = subprocess.run([sys.executable, '-c', program], cwd=Path(ckpt.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', program], cwd=Path(ckpt.__file__).parents[1], capture_output=True, text=True)
     # every page of the weights is counted once it has been read; importing what torch imports late takes some more
     assert weights * 0.9 < int(done.stdout) < 1.3 * weights + 80e6, done.stderr
 
@@ -186,27 +194,27 @@ print(peak() - before)
 def test_weights_in_other_dtypes_are_read_as_float32(model_class, tmp_path):
     model = tiny_model(model_class).bfloat16()
     path = ckpt.checkpoint_path(tmp_path, model_class.model_type)
-    ckpt.save_checkpoint(path, model, CHARS, {}, 1)
-    loaded, _ = ckpt.load_model(path)
+    ckpt.save_checkpoint(path, model, make_tokenizer(CHARS), {}, 1)
+    loaded = load_model(path).model
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
-    assert {p.dtype for p in ckpt.load_model(path, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(path, dtype=torch.bfloat16).model.parameters()} == {torch.bfloat16}
 
 
 def test_what_is_not_there_is_reported(tmp_path):
     for source in (tmp_path, tmp_path / 'x.pt'):
         with pytest.raises(UserError, match='there is no checkpoint'):
-            ckpt.load_model(source)
+            load_model(source)
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='needs limits on the size of files')
 def test_a_full_disk_costs_nothing_and_leaves_nothing(tmp_path):
     """Simulated by a limit on the size of a file: one line from convert and export, and the old checkpoint stays."""
     model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=1, n_head=2, n_embd=16))
-    ckpt.save_checkpoint(tmp_path / 'ckpt.pt', model, 'gpt2', {}, 1)
+    ckpt.save_checkpoint(tmp_path / 'ckpt.pt', model, make_tokenizer('gpt2'), {}, 1)
     before = (tmp_path / 'ckpt.pt').read_bytes()
-    root = Path(ckpt.__file__).parent
+    root = Path(ckpt.__file__).parents[1]
     for program, args in (('convert_mla.py', [f'--out_dir={tmp_path / "mla"}']), ('export_huggingface.py', [tmp_path / 'hf'])):
         limited = 'import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); ' \
                   'resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); sys.argv = sys.argv[1:]; ' \

@@ -1,18 +1,19 @@
-"""Weight space: the same function gives the same numbers, and the formulas hold as they are written."""
+"""Weight space: the same function gives the same numbers, and the formulas hold."""
+
+import functools
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-
-from analysis import composition, copying, latent_directions, spectrum, subspaces
-from analysis.circuits import (folded_embedding, folded_heads, folded_unembedding, orthonormal, product_singular_values,
-                               token_vectors, triangle)
-from analysis.program import as_json
 from analysis_models import exact_mla, induction_model, random_model, same_function, subject
 from conftest import BOTH, CHARS, tiny_model
+
+from analysis import circuits, composition, copying, latent_directions, spectrum, subspaces
+from analysis.program import as_json
 from model import GPT, GPTConfig
 from model_mla import GPT_MLA, MLAConfig
+from runtime.tokenizer import make_tokenizer
 
 
 def rand(*shape, seed=0):
@@ -22,12 +23,18 @@ def rand(*shape, seed=0):
 def close(one, other, tolerance):
     """Whether two results as_json are the same up to tolerance."""
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(close(one[key], other[key], tolerance) for key in one)
+        return (one.keys() == other.keys()
+                and all(close(one[key], other[key], tolerance) for key in one))
     if isinstance(one, list):
         return len(one) == len(other) and all(close(a, b, tolerance) for a, b in zip(one, other))
     if isinstance(one, float):
         return abs(one - other) <= tolerance * max(1, abs(one))
     return one == other
+
+
+def analysed(module, model):
+    """The result of an analysis of a model, as_json."""
+    return as_json(module.analyse(subject(model), module.Config()))
 
 
 @BOTH
@@ -39,52 +46,58 @@ def test_the_same_function_gives_the_same_numbers(model_class, module):
     other = same_function(model)
     idx = torch.arange(13)[None]
     assert torch.allclose(*(m(idx, idx)[0].log_softmax(-1) for m in (model, other)), atol=1e-4)
-    assert not torch.allclose(model.transformer.h[0].ln_1.weight, other.transformer.h[0].ln_1.weight, atol=0.1)
-    one, two = (module.analyse(subject(m), module.Config()) for m in (model, other))
-    assert close(as_json(one), as_json(two), 2e-3)
-    assert not close(as_json(one), as_json(module.analyse(subject(random_model(model_class, seed=5)), module.Config())), 2e-3)
+    gain, other_gain = (m.transformer.h[0].ln_1.weight for m in (model, other))
+    assert not torch.allclose(gain, other_gain, atol=0.1)
+    result = analysed(module, model)
+    assert close(result, analysed(module, other), 2e-3)
+    assert not close(result, analysed(module, random_model(model_class, seed=5)), 2e-3)
 
 
 @pytest.mark.parametrize('module', [composition, copying, spectrum, subspaces])
 def test_mha_and_its_exact_mla_conversion_give_the_same_numbers(module):
     model = random_model(GPT)
-    one, two = (module.analyse(subject(m), module.Config()) for m in (model, exact_mla(model)))
-    assert close(as_json(one), as_json(two), 2e-3)
+    assert close(analysed(module, model), analysed(module, exact_mla(model)), 2e-3)
 
 
 @BOTH
 def test_folded_weights_compute_what_the_model_does(model_class):
-    """Scores and outputs of every head from the residual stream divided by its standard deviation alone; biases off."""
+    """Scores and outputs of every head follow from the residual stream divided by its standard
+    deviation alone, without biases."""
     model = random_model(model_class, bias=False).double()
-    heads = folded_heads(model)
+    heads = circuits.folded_heads(model)
     x = rand(1, 7, 16)
     normed = x / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     for layer, block in enumerate(model.transformer.h):
         q, k, v = block.attn.heads(block.ln_1(x))
-        scores = torch.einsum('btn,hnd,hmd,bsm->bhts', normed, heads.W_Q[layer], heads.W_K[layer], normed)
+        scores = torch.einsum('btn,hnd,hmd,bsm->bhts', normed, heads.W_Q[layer], heads.W_K[layer],
+                              normed)
         assert torch.allclose(scores, q @ k.mT)
         written = torch.einsum('bsn,hnd,hdm->bhsm', normed, heads.W_V[layer], heads.W_O[layer])
         expected = v @ block.attn.head_weights()[-1]
         assert torch.allclose(written, expected - expected.mean(-1, keepdim=True))
     logits = model.unembed(x)
-    assert torch.allclose(normed @ folded_unembedding(model, len(CHARS)), logits - logits.mean(-1, keepdim=True))
-    assert folded_embedding(model, 5).shape == (5, 16)
+    W_U = circuits.folded_unembedding(model, len(CHARS))
+    assert torch.allclose(normed @ W_U, logits - logits.mean(-1, keepdim=True))
+    assert circuits.folded_embedding(model, 5).shape == (5, 16)
 
 
 def test_token_vectors_are_what_ln_1_sees_behind_the_first_mlp():
     model = random_model(GPT).double()
     block, x = model.transformer.h[0], model.lm_head.weight[:5]
     bare = torch.nn.functional.layer_norm
-    assert torch.allclose(token_vectors(model, range(5), first_mlp=False), bare(x, (16,)))
-    assert torch.allclose(token_vectors(model, range(5)), bare(x + block.mlp(block.ln_2(x)), (16,)))
+    assert torch.allclose(circuits.token_vectors(model, range(5), first_mlp=False), bare(x, (16,)))
+    x = x + block.mlp(block.ln_2(x))
+    assert torch.allclose(circuits.token_vectors(model, range(5)), bare(x, (16,)))
 
 
 def test_low_rank_maths():
     A, B = rand(20, 4, seed=1), rand(4, 15, seed=2)
-    assert torch.allclose(triangle(A).mT @ triangle(A), A.mT @ A)
-    assert torch.allclose(product_singular_values(A, B), torch.linalg.svdvals(A @ B)[:4])
-    basis = orthonormal(torch.cat([A, A[:, :2] + A[:, 2:]], dim=1))
-    assert basis.shape == (20, 4) and torch.allclose(basis.mT @ basis, torch.eye(4, dtype=torch.float64))
+    assert torch.allclose(circuits.r_factor(A).mT @ circuits.r_factor(A), A.mT @ A)
+    values = circuits.product_singular_values(A, B)
+    assert torch.allclose(values, torch.linalg.svdvals(A @ B)[:4])
+    basis = circuits.orthonormal(torch.cat([A, A[:, :2] + A[:, 2:]], dim=1))
+    assert basis.shape == (20, 4)
+    assert torch.allclose(basis.mT @ basis, torch.eye(4, dtype=torch.float64))
     assert torch.allclose(basis @ basis.mT @ A, A)
 
 
@@ -94,13 +107,15 @@ def test_an_ov_circuit_made_to_copy_scores_1_and_one_made_to_negate_minus_1():
     model = tiny_model(GPT, n_layer=2)
     for block, sign in zip(model.transformer.h, (1, -1)):
         W_V = block.attn.c_attn.weight.data[32:]  # values of all heads
-        block.attn.c_proj.weight.data = sign * W_V.T.clone()  # W_O = W_V^T, so that W_V W_O has no eigenvalue below 0
+        # W_O = W_V^T, so that W_V W_O has no eigenvalue below 0
+        block.attn.c_proj.weight.data = sign * W_V.T.clone()
     result = copying.analyse(subject(model), copying.Config())
     assert result.eigenvalue_score == pytest.approx(np.array([[1, 1], [-1, -1]]))
 
 
 def test_eigenvalue_score_is_that_of_the_whole_circuit():
-    W_E, W_V, W_O, W_U = rand(30, 16, seed=1), rand(16, 4, seed=2), rand(4, 16, seed=3), rand(16, 30, seed=4)
+    shapes = (30, 16), (16, 4), (4, 16), (16, 30)
+    W_E, W_V, W_O, W_U = (rand(*shape, seed=seed) for seed, shape in enumerate(shapes, start=1))
     eigenvalues = torch.linalg.eigvals(W_E @ W_V @ W_O @ W_U)
     expected = (eigenvalues.sum().real / eigenvalues.abs().sum()).item()
     assert copying.eigenvalue_score(W_V, W_O, W_U @ W_E) == pytest.approx(expected)
@@ -108,8 +123,10 @@ def test_eigenvalue_score_is_that_of_the_whole_circuit():
 
 
 def test_top_5_score_counts_the_tokens_that_a_head_raises():
-    """One head that writes the embedding of the token that it reads, and one that writes it with its sign turned."""
-    model = GPT(GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=2, n_embd=64, bias=False)).eval()
+    """One head writes the embedding of the token that it reads, and one writes it with its sign
+    turned."""
+    config = GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=2, n_embd=64, bias=False)
+    model = GPT(config).eval()
     for name, p in model.named_parameters():
         p.data.fill_(1.0 if 'ln_' in name else 0.0)
     eye = torch.eye(12)
@@ -119,14 +136,16 @@ def test_top_5_score_counts_the_tokens_that_a_head_raises():
     values[:12, :12] = values[32:44, :12] = eye
     attn.c_proj.weight.data[:12, :12], attn.c_proj.weight.data[:12, 32:44] = eye, -eye
     result = copying.analyse(subject(model), copying.Config())
-    assert result.top5.tolist() == [[1, 0]] and result.bottom5.tolist() == [[0, 1]] and result.n_names == 12
+    assert result.top5.tolist() == [[1, 0]] and result.bottom5.tolist() == [[0, 1]]
+    assert result.n_names == 12
 
 
 # composition
 
 def test_compositions_are_the_norms_of_the_whole_products():
-    heads = folded_heads(random_model(GPT))
-    scores = composition.compositions(composition.layers(heads, slice(0, 1)), composition.layers(heads, slice(1, 2)))
+    heads = circuits.folded_heads(random_model(GPT))
+    first, second = (composition.layers(heads, slice(i, i + 1)) for i in range(2))
+    scores = composition.compositions(first, second)
     for i in range(2):
         for j in range(2):
             OV_1, OV_2 = heads.W_V[0, i] @ heads.W_O[0, i], heads.W_V[1, j] @ heads.W_O[1, j]
@@ -149,7 +168,7 @@ def test_random_heads_compose_by_chance():
 @pytest.mark.parametrize('convert', [lambda model: model, exact_mla])
 def test_the_k_composition_of_the_induction_model_is_found(convert):
     s = subject(convert(induction_model()))
-    s.spec = [chr(97 + i) for i in range(16)]
+    s.tokenizer = make_tokenizer([chr(97 + i) for i in range(16)])
     result = composition.analyse(s, composition.Config())
     (best, writer, reader), (second, *_) = composition.strongest(result, 'k', 2)
     assert (writer, reader) == ('0.0', '1.0') and best > second + 0.1
@@ -168,19 +187,22 @@ def test_rotated_and_equal_spaces_have_the_angles_that_they_were_given():
         (A, B), _ = subspaces.padded_bases(torch.stack([A, B]))
         return subspaces.degrees(subspaces.squared_cosines(A, B[None])[0])
     assert torch.allclose(principal_angles(A @ mix, B), angles, atol=1e-5)
-    assert torch.allclose(principal_angles(A @ mix, A), torch.zeros(4, dtype=torch.float64), atol=1e-5)
+    assert torch.allclose(principal_angles(A @ mix, A), torch.zeros_like(angles), atol=1e-5)
     C = rand(10, 4, seed=4)
     expected = np.degrees(scipy.linalg.subspace_angles(A.numpy(), C.numpy()))[::-1]
     assert principal_angles(A, C).numpy() == pytest.approx(expected)
 
 
 def test_overlaps_of_a_model_with_known_spaces():
-    """Two heads read the same values; the keys of the second lie across the first's; both write to what they read."""
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=16, bias=False)).eval()
+    """Two heads read the same values. Their keys share one of eight dimensions. Both write to what
+    they read."""
+    config = GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=16, bias=False)
+    model = GPT(config).eval()
     Q = torch.linalg.qr(rand(16, 16)).Q
-    Q = torch.linalg.qr(torch.cat([torch.ones(16, 1, dtype=torch.float64), Q[:, :15]], dim=1)).Q[:, 1:].float()  # all means 0
+    ones = torch.ones(16, 1, dtype=torch.float64)
+    Q = torch.linalg.qr(torch.cat([ones, Q[:, :15]], dim=1)).Q[:, 1:].float()  # all means are 0
     attn = model.transformer.h[0].attn
-    attn.c_attn.weight.data[16:32] = Q[:, :15].T[[*range(8), *range(7, 15)]]  # one of eight dimensions in common
+    attn.c_attn.weight.data[16:32] = Q[:, :15].T[[*range(8), *range(7, 15)]]
     attn.c_attn.weight.data[32:] = torch.cat([Q[:, :8].T, Q[:, :8].T.flip(0)])
     attn.c_proj.weight.data = attn.c_attn.weight.data[32:].T.clone()
     result = subspaces.analyse(subject(model), subspaces.Config())
@@ -189,21 +211,23 @@ def test_overlaps_of_a_model_with_known_spaces():
     assert result.overlap['key-key'] == pytest.approx(np.array([[1, 1 / 8], [1 / 8, 1]]), abs=1e-6)
     assert result.smallest_angle['key-key'] == pytest.approx(np.zeros((2, 2)), abs=0.1)
     assert result.angles_within['key-key'] == pytest.approx([0] + [90] * 7, abs=0.1)
-    assert result.within['key-key'] == pytest.approx(1 / 8, abs=1e-6) and np.isnan(result.across['key-key'])
+    assert result.within['key-key'] == pytest.approx(1 / 8, abs=1e-6)
+    assert np.isnan(result.across['key-key'])
     assert result.latent_rank == [15]
 
 
 def test_across_layers_only_what_a_later_head_can_read_counts():
     model = random_model(GPT, n_layer=2)
     result = subspaces.analyse(subject(model), subspaces.Config())
-    assert result.across['output-value'] == pytest.approx(result.overlap['output-value'][:2, 2:].mean())
-    assert result.across['value-value'] == pytest.approx(result.overlap['value-value'][:2, 2:].mean())  # symmetric
+    for pair in ('output-value', 'value-value'):  # the second one is symmetric
+        assert result.across[pair] == pytest.approx(result.overlap[pair][:2, 2:].mean())
 
 
 def test_heads_of_an_mla_model_share_its_latent():
-    result = subspaces.analyse(subject(random_model(GPT_MLA, n_latent=8, n_embd=32)), subspaces.Config())
+    model = random_model(GPT_MLA, n_latent=8, n_embd=32)
+    result = subspaces.analyse(subject(model), subspaces.Config())
     assert result.latent_rank == [8, 8]
-    assert result.within['key-key'] == pytest.approx(1)  # 16 dimensions a head, of which only those 8 can be read
+    assert result.within['key-key'] == pytest.approx(1)  # of 16 dimensions, a head reads only those
     assert result.across['key-key'] < 0.6 and result.chance['key-key'] == pytest.approx(8 / 31)
     assert result.chance_in_latent == 1
 
@@ -223,25 +247,28 @@ def test_marchenko_pastur_finds_no_outlier_in_noise_and_one_in_noise_plus_a_spik
 
 
 def test_the_edge_of_noise():
-    """Without its margin it is Marchenko and Pastur's, and products of noise stay below it as often as it says."""
+    """Without its margin it is Marchenko and Pastur's. Products of noise stay below it as often as
+    it says."""
     margin = spectrum.noise_edge(10 ** 12, (0.25,))
     assert margin == pytest.approx((1 + 0.25 ** 0.5) ** 2, abs=1e-6)
     for shapes in (((200, 16), (16, 200)), ((100, 16), (16, 40), (40, 100)), ((200, 16),)):
         above = 0
         for seed in range(300):
             generator = torch.Generator().manual_seed(seed)
-            product = torch.linalg.multi_dot([torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes]
-                                             ) if len(shapes) > 1 else torch.randn(*shapes[0], generator=generator).double()
+            dtype = torch.float64 if len(shapes) > 1 else torch.float32
+            factors = [torch.randn(*shape, dtype=dtype, generator=generator) for shape in shapes]
+            product = functools.reduce(torch.matmul, factors).double()
             values = torch.linalg.svdvals(product)[:16]
-            others = [shape[0] for shape in shapes if shape[0] != 16] + [shapes[-1][1]] * (shapes[-1][1] != 16)
-            above += spectrum.count_outliers(values, tuple(16 / n for n in others)) > 0
+            sizes = [shape[0] for shape in shapes] + [shapes[-1][1]]
+            ratios = tuple(16 / n for n in sizes if n != 16)
+            above += spectrum.count_outliers(values, ratios) > 0
         assert above <= 6  # 0.3 expected of 300
 
 
 @pytest.mark.parametrize('spikes', [1, 4, 9])
 def test_many_equal_spikes_do_not_hide_behind_each_other(spikes):
     """In a product read through a latent of 24, of 16 singular values."""
-    noise = torch.linalg.multi_dot([rand(63, 24, seed=1), rand(24, 16, seed=2), rand(16, 63, seed=3)])
+    noise = rand(63, 24, seed=1) @ rand(24, 16, seed=2) @ rand(16, 63, seed=3)
     U, V = (torch.linalg.qr(rand(63, spikes, seed=seed)).Q for seed in (4, 5))
     values = torch.linalg.svdvals(noise + 1e3 * torch.linalg.matrix_norm(noise, 2) * U @ V.T)[:16]
     assert spectrum.count_outliers(values, (16 / 63, 16 / 24, 16 / 63)) == spikes
@@ -249,7 +276,8 @@ def test_many_equal_spikes_do_not_hide_behind_each_other(spikes):
 
 @pytest.mark.parametrize('n_latent', [1, 2, 4, 8, 12, 16])
 def test_a_latent_narrower_than_a_head(n_latent):
-    """Heads of 16 dimensions: noise has as many singular values as the latent has dimensions, and no outlier."""
+    """Heads of 16 dimensions: noise has as many singular values as the latent has dimensions, and
+    no outlier."""
     weights = spectrum.of_weights(tiny_model(GPT_MLA, n_head=4, n_embd=64, n_latent=n_latent))
     assert weights['QK'].outliers.sum() == weights['OV'].outliers.sum() == 0
     assert (weights['QK'].effective_rank <= n_latent + 1e-6).all()
@@ -270,14 +298,21 @@ def test_a_model_that_has_learned_nothing_has_no_outliers_and_a_spike_is_found(m
     assert weights['OV'].singular_values.shape == (2, 4, 16)
     model.transformer.h[1].attn.c_proj.weight.data[:, :16] += 0.3 * rand(64, 1) @ rand(1, 16)
     weights = spectrum.of_weights(model)
-    assert weights['OV'].outliers.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]] and weights['QK'].outliers.sum() == 0
+    assert weights['OV'].outliers.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]
+    assert weights['QK'].outliers.sum() == 0
 
 
 # latent directions
 
+def one_layer(vocab_size, n_latent):
+    return GPT_MLA(MLAConfig(block_size=8, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=32,
+                             n_latent=n_latent, bias=False)).eval()
+
+
 def test_who_uses_the_latent_is_what_it_was_built_for():
-    """Of 8 dimensions 3 are read by keys alone, 4 by values alone, 1 by both; the basis of the latent is then changed."""
-    model = GPT_MLA(MLAConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=32, n_latent=8, bias=False)).eval()
+    """Of 8 dimensions, keys alone read 3, values alone 4, and both read 1. The basis of the latent
+    is then changed."""
+    model = one_layer(vocab_size=9, n_latent=8)
     attn = model.transformer.h[0].attn
     attn.key.weight.data[:, 3:7] = 0
     attn.value.weight.data[:, :3] = 0
@@ -286,14 +321,15 @@ def test_who_uses_the_latent_is_what_it_was_built_for():
     for reader in (attn.key, attn.value):
         reader.weight.data = reader.weight.data @ A.inverse()
     result = latent_directions.analyse(subject(model), latent_directions.Config())
-    assert result.keys_alone[0] == 3 / 8 and result.values_alone[0] == 4 / 8 and result.both[0] == pytest.approx(1 / 8)
+    assert result.keys_alone[0] == 3 / 8 and result.values_alone[0] == 4 / 8
+    assert result.both[0] == pytest.approx(1 / 8)
     assert result.key_share[0][:3] == pytest.approx([1] * 3, abs=1e-3)
     assert result.key_share[0][4:] == pytest.approx([0] * 4, abs=1e-3)
     assert 0.1 < result.key_share[0][3] < 0.9
 
 
 def test_the_strongest_direction_names_the_token_that_it_was_built_to_read_and_the_one_it_writes():
-    model = GPT_MLA(MLAConfig(block_size=8, vocab_size=13, n_layer=1, n_head=2, n_embd=32, n_latent=4, bias=False)).eval()
+    model = one_layer(vocab_size=13, n_latent=4)
     attn, wte = model.transformer.h[0].attn, model.lm_head.weight.data
     attn.latent_enc.weight.data[0] = 30 * wte[5]
     attn.value.weight.data[:, 0] = 0

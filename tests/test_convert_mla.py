@@ -7,9 +7,9 @@ from test_checkpoint import save
 
 import convert_mla
 import train_mla
-from checkpoint import load_model, read_checkpoint
+from runtime.checkpoint import load_model, read_checkpoint
 from convert_mla import Moments, activation_moments, convert, factor
-from dataset import open_data
+from runtime.dataset import open_data
 from evaluate import split_loss
 from model import GPT
 from model_mla import GPT_MLA

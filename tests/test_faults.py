@@ -14,19 +14,24 @@ import sys
 import time
 import types
 
+from configurator import UserError, run
+
 import pytest
 import torch
 from conftest import ALL, read_metrics, tiny_model, without_times
 from test_train import ROOT
 
-import checkpoint
 import train as trainer
-from checkpoint import load_model, read_newest, save_checkpoint
-from configurator import UserError, run
-from lock import locked
 from model import GPT
 from model_mla import GPT_MLA
+from runtime import dataset, resume, saver
+from runtime.checkpoint import checkpoint_path, save_checkpoint
+from runtime.loading import load_model
+from runtime.lock import locked
+from runtime.resume import newest_sound
+from runtime.tokenizer import make_tokenizer
 
+GPT2 = make_tokenizer('gpt2')
 FORK = multiprocessing.get_context('fork')  # a child is a copy of this process, and needs no second to import torch
 
 
@@ -95,7 +100,7 @@ def slow_saves():
 @ALL
 def test_killed_at_random_moments(model_class, args, tmp_path):
     """kill -9 at 21 moments over the three models, two of three on the way back from another."""
-    name = checkpoint.checkpoint_path('', model_class.model_type).name
+    name = checkpoint_path('', model_class.model_type).name
     t0 = time.monotonic()
     assert finish([*args, f'--out_dir={tmp_path / "whole"}'], model_class, slow_saves)[0] == 0
     duration = time.monotonic() - t0
@@ -138,15 +143,15 @@ def test_a_signal_finishes_the_step_and_saves(number, args, tmp_path):
     assert process.exitcode == 0
     stopped = torch.load(out / 'ckpt_last.pt', weights_only=True)
     assert 2 <= stopped['iter_num'] < 8 and not (out / 'ckpt.pt').exists()
-    assert load_model(out)[0].config.n_layer == 2  # the sampler and the analyses take it too
+    assert load_model(out).model.config.n_layer == 2  # the sampler and the analyses take it too
     assert finish(options)[0] == 0
     assert_same_end(end_state(out), end_state(whole))
     assert not (out / 'ckpt_last.pt').exists()  # older than ckpt.pt now
 
 
 def slow_steps(seconds):
-    draw = trainer.draw_batch
-    trainer.draw_batch = lambda *a: (time.sleep(seconds), draw(*a))[1]
+    draw = dataset.draw_batch
+    dataset.draw_batch = lambda *a: (time.sleep(seconds), draw(*a))[1]
 
 
 def rows(out_dir):
@@ -257,8 +262,8 @@ def test_a_new_run_sets_an_earlier_one_aside(args, tmp_path, program):
 
 def test_a_run_that_comes_second_to_a_new_folder_writes_over_nothing(args, tmp_path, program, monkeypatch):
     """While it loaded, another began there and ended."""
-    make_model, out = trainer.make_model, tmp_path / 'out'
-    monkeypatch.setattr(trainer, 'make_model', lambda *a: (finish(args), make_model(*a))[1])
+    make_model, out = resume.make_model, tmp_path / 'out'
+    monkeypatch.setattr(resume, 'make_model', lambda *a: (finish(args), make_model(*a))[1])
     code, _, err = program(trainer.main, *args, '--seed=2')
     assert code == 2 and err.count('\n') == 1 and 'has been taken by another run meanwhile' in err
     assert torch.load(out / 'ckpt.pt', weights_only=True)['config']['seed'] == 1337
@@ -284,14 +289,14 @@ def test_other_batches_on_a_resume_are_noted(args, data_dir, tmp_path, program):
 
 def test_what_is_best_is_what_is_best_on_the_disk(args, tmp_path, program, monkeypatch):
     """A save that failed does not keep the next best from being saved."""
-    save, failing = trainer.save_checkpoint, [True]
+    save, failing = saver.save_checkpoint, [True]
 
     def full_once(path, *rest, **state):
         if failing and path.name == 'ckpt.pt':
             failing.pop()
             raise OSError(f'{path} cannot be written: no space')
         save(path, *rest, **state)
-    monkeypatch.setattr(trainer, 'save_checkpoint', full_once)
+    monkeypatch.setattr(saver, 'save_checkpoint', full_once)
     losses = iter([3.0, 2.0, 2.5, 2.4, 2.6])
     monkeypatch.setattr(GPT, 'losses', lambda self, x, y: (torch.full((1,), next(losses) if number.pop() else 9.0), torch.ones(1)))
     number = [True, False] * 5  # validation, after training
@@ -323,7 +328,7 @@ def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkey
         original = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, name=name, original=original: (calls.append(
             (name, os.path.basename(os.readlink(f'/proc/self/fd/{a[0]}') if name == 'fsync' else a[0]))), original(*a))[1])
-    save_checkpoint(tmp_path / 'ckpt.pt', tiny_model(GPT), 'gpt2', {}, 0)
+    save_checkpoint(tmp_path / 'ckpt.pt', tiny_model(GPT), GPT2, {}, 0)
     assert calls == [('fsync', 'ckpt.pt.partial'), ('replace', 'ckpt.pt.partial'), ('fsync', tmp_path.name)]
 
 
@@ -331,13 +336,14 @@ def test_no_flipped_bit_goes_unseen(args, tmp_path):
     """A checkpoint with one bit changed is either refused or holds what it held."""
     out = tmp_path / 'out'
     assert finish([*args, '--max_iters=2', f'--out_dir={out}'])[0] == 0
-    path, whole, _ = read_newest(out, 'gpt')
+    newest = newest_sound(out, 'gpt')
+    path, whole = newest.path, newest.checkpoint
     content, refused = path.read_bytes(), 0
     for seed in range(60):
         path.write_bytes(content)
         damage(path, 'flipped', seed)
         try:
-            _, found, _ = read_newest(out, 'gpt')
+            found = newest_sound(out, 'gpt').checkpoint
         except UserError:
             refused += 1
             with pytest.raises(UserError):  # nor do the sampler and the analyses take it
@@ -376,7 +382,7 @@ def test_a_full_disk_for_the_metrics(args, tmp_path, program, monkeypatch):
             failing[0] -= 1
             raise OSError(28, 'No space left on device')
         return write(row)
-    monkeypatch.setattr(trainer.json, 'dumps', dumps)
+    monkeypatch.setattr(json, 'dumps', dumps)
     code, out, _ = program(trainer.main, *args)
     assert code == 0 and out.count('No space left on device') == 3
     assert [row['iter'] for row in read_metrics(tmp_path / 'out') if 'loss' in row] == list(range(8))
@@ -492,6 +498,6 @@ def test_a_wandb_that_fails_never_stops_training(args, program, monkeypatch):
 def test_a_disk_that_cannot_link_gets_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'link', lambda *a: (_ for _ in ()).throw(OSError('no links')))
     for iter_num in (1, 2):
-        save_checkpoint(tmp_path / 'ckpt.pt', tiny_model(GPT), 'gpt2', {}, iter_num, keep=2)
+        save_checkpoint(tmp_path / 'ckpt.pt', tiny_model(GPT), GPT2, {}, iter_num, keep=2)
     assert torch.load(tmp_path / 'ckpt.pt.1', weights_only=True)['iter_num'] == 1
     assert not list(tmp_path.glob('*.partial'))

@@ -18,7 +18,7 @@ import train
 import visualize_residual_space_gpt2 as visualize
 from analysis import ablation, induction_heads
 from analysis.program import main as analysis_main
-from checkpoint import save_checkpoint
+from runtime.checkpoint import save_checkpoint
 from data.openwebtext import prepare
 from model import GPT
 from model_k_ahead import GPT_KAhead

@@ -1,20 +1,36 @@
+import ast
 import json
 import math
 import shutil
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import BOTH, tiny_model
 
+import model as model_module
 from model import GPT, GPTConfig
 from model_mla import GPT_MLA
 
 
+def test_the_models_file_imports_torch_alone():
+    tree = ast.parse(Path(model_module.__file__).read_text())
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    packages = {name.partition('.')[0] for name in names}
+    assert packages - sys.stdlib_module_names == {'torch'}
+
+
 @pytest.fixture(scope='module', params=['gelu_new', 'gelu'])
 def hugging_face(request, tmp_path_factory):
-    """A directory with a small GPT-2 of transformers' with random weights, and that model. GPT-2's GELU is gelu_new, the
-    tanh form; nanoGPT's is gelu, the exact one."""
+    """A directory with a small GPT-2 of transformers' with random weights, and that model. GPT-2's
+    GELU is gelu_new, the tanh form; nanoGPT's is gelu, the exact one."""
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=24, n_embd=32, n_layer=3, n_head=4,
@@ -52,16 +68,19 @@ def test_from_pretrained_needs_no_network_for_what_is_on_disk(hugging_face, monk
     assert GPT.from_pretrained(str(hugging_face[0])).config.n_layer == 3
 
 
-@pytest.mark.parametrize('prefix', ['transformer.', ''])  # with and without the head that save_pretrained is called on
+# with and without the head that save_pretrained is called on
+@pytest.mark.parametrize('prefix', ['transformer.', ''])
 def test_from_pretrained_reads_bin_files_too(hugging_face, prefix, tmp_path):
     folder, hf = hugging_face
     hf.config.save_pretrained(tmp_path)
     source = hf if prefix else hf.transformer
     state = {k: v for k, v in source.state_dict().items() if k != 'lm_head.weight'}
-    state |= {f'{prefix}h.0.attn.bias': torch.ones(1, 1, 24, 24).tril()}  # the buffer that old versions wrote
+    # the buffer that old versions wrote
+    state |= {f'{prefix}h.0.attn.bias': torch.ones(1, 1, 24, 24).tril()}
     torch.save(state, tmp_path / 'pytorch_model.bin')
     idx = torch.randint(50, (2, 24))
-    assert torch.equal(GPT.from_pretrained(str(tmp_path)).eval()(idx)[0], GPT.from_pretrained(str(folder)).eval()(idx)[0])
+    ours, wanted = (GPT.from_pretrained(str(path)).eval() for path in (tmp_path, folder))
+    assert torch.equal(ours(idx)[0], wanted(idx)[0])
 
 
 def test_attention_is_its_definition_in_float64():
@@ -77,7 +96,8 @@ def test_attention_is_its_definition_in_float64():
             for head in (slice(0, 8), slice(8, 16)):
                 weights = torch.softmax(k[:t + 1, head] @ q[t, head] / math.sqrt(8), 0)
                 out[batch, t, head] = weights @ v[:t + 1, head]
-    torch.testing.assert_close(attn(x), out @ attn.c_proj.weight.T + attn.c_proj.bias, atol=1e-12, rtol=1e-12)
+    wanted = out @ attn.c_proj.weight.T + attn.c_proj.bias
+    torch.testing.assert_close(attn(x), wanted, atol=1e-12, rtol=1e-12)
 
 
 @BOTH
@@ -88,7 +108,8 @@ def test_head_weights_are_the_maps_that_heads_apply(model_class):
     for W, projected in zip((W_Q, W_K, W_V), attn.heads(x)):
         torch.testing.assert_close(torch.einsum('bte,hed->bhtd', x, W), projected)
     q, k, v = attn.heads(x)
-    pattern = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf).softmax(-1)
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+    pattern = scores.softmax(-1)
     torch.testing.assert_close(torch.einsum('bhtd,hde->bte', pattern @ v, W_O), attn(x))
 
 
@@ -112,7 +133,8 @@ def test_gradients_reach_every_parameter(model_class, bias):
     idx = torch.randint(14, (4, 16))
     model(idx, idx)[1].backward()
     for name, p in model.named_parameters():
-        if not name.endswith('key.bias'):  # the bias of the keys adds the same to every score: no softmax feels it
+        # the bias of the keys adds the same to every score: no softmax feels it
+        if not name.endswith('key.bias'):
             assert p.grad.abs().max() > 1e-6, name
 
 
@@ -122,7 +144,8 @@ def test_targets_of_minus_one_do_not_count():
     some = idx.clone()
     some[:, 5:] = -1
     logits, loss = model(idx, some)
-    torch.testing.assert_close(loss, -logits.log_softmax(-1)[:, :5].gather(2, idx[:, :5, None]).mean())
+    wanted = -logits.log_softmax(-1)[:, :5].gather(2, idx[:, :5, None]).mean()
+    torch.testing.assert_close(loss, wanted)
 
 
 @BOTH
@@ -153,12 +176,14 @@ def test_dropout_acts_on_embeddings_and_mlp_too():
 
 @BOTH
 def test_biases_start_at_zero(model_class):
-    biases = [p for name, p in tiny_model(model_class, bias=True).named_parameters() if name.endswith('bias')]
+    model = tiny_model(model_class, bias=True)
+    biases = [p for name, p in model.named_parameters() if name.endswith('bias')]
     assert biases and not any(p.any() for p in biases)
 
 
-@pytest.mark.parametrize('variant', [dict(layer_norm_epsilon=1e-6), dict(scale_attn_by_inverse_layer_idx=True),
-                                     dict(activation_function='relu')])
+@pytest.mark.parametrize('variant', [
+    dict(layer_norm_epsilon=1e-6), dict(scale_attn_by_inverse_layer_idx=True),
+    dict(activation_function='relu')])
 def test_variants_of_gpt2_that_it_does_not_compute_are_refused(variant, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
     settings = dict(vocab_size=14, n_positions=8, n_embd=8, n_layer=1, n_head=1)
@@ -169,7 +194,8 @@ def test_variants_of_gpt2_that_it_does_not_compute_are_refused(variant, tmp_path
 
 @pytest.mark.parametrize('change, words', [
     (dict(n_layer=4), 'missing transformer.h.3'), (dict(n_layer=2), 'unexpected transformer.h.2'),
-    (dict(n_positions=32), 'mismatched .*wpe'), (dict(n_inner=64), 'variant'), (dict(model_type='bert'), "type 'bert'")])
+    (dict(n_positions=32), 'mismatched .*wpe'), (dict(n_inner=64), 'variant'),
+    (dict(model_type='bert'), "type 'bert'")])
 def test_weights_that_do_not_fit_their_config_are_refused(hugging_face, change, words, tmp_path):
     shutil.copytree(hugging_face[0], tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / 'config.json').read_text())
@@ -204,7 +230,8 @@ def test_only_matrices_decay(model_class):
     model = tiny_model(model_class, bias=True)
     decaying, others = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
     assert decaying['weight_decay'] == 0.1 and others['weight_decay'] == 0
-    assert {id(p) for p in decaying['params']} == {id(p) for p in model.parameters() if p.dim() == 2}
+    matrices = {id(p) for p in model.parameters() if p.dim() == 2}
+    assert {id(p) for p in decaying['params']} == matrices
     assert len(decaying['params']) + len(others['params']) == len(list(model.parameters()))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from generate import new_cache
 from model import GPT, CausalSelfAttention
 from model_mla import GPT_MLA, MLAConfig
 
@@ -25,7 +26,8 @@ def test_attention_is_its_definition_in_absorbed_form_in_float64():
             W_K, W_V = weights['key.weight'][head], weights['value.weight'][head]
             for t in range(7):
                 q = weights['query.weight'][head] @ x[batch, t] + weights['query.bias'][head]
-                # the score is taken in the latent space; q . b_K is the same for every key and drops out
+                # the score is taken in the latent space; q . b_K is the same for every key and
+                # drops out
                 a = torch.softmax(c[:t + 1] @ (W_K.T @ q) / math.sqrt(8), 0)
                 out[batch, t, head] = W_V @ (a @ c[:t + 1]) + weights['value.bias'][head]
     wanted = out @ weights['c_proj.weight'].T + weights['c_proj.bias']
@@ -40,7 +42,8 @@ def test_with_a_latent_that_keeps_everything_it_is_multi_head_attention():
         if '.c_attn.' in name:
             for part, chunk in zip(('query', 'key', 'value'), value.chunk(3)):
                 state[name.replace('c_attn', part)] = chunk
-            state[name.rsplit('.', 2)[0] + '.latent_enc.weight'] = torch.eye(16, dtype=torch.float64)
+            attn = name.rsplit('.', 2)[0]
+            state[f'{attn}.latent_enc.weight'] = torch.eye(16, dtype=torch.float64)
         else:
             state[name] = value
     mla.load_state_dict(state)
@@ -82,6 +85,8 @@ def test_keys_of_all_heads_together_have_no_more_rank_than_the_latent():
 
 
 def test_cache_is_a_quarter_at_the_default():
-    mla, mha = (sum(layer.nbytes for layer in tiny_model(c).new_cache(3, 5)) for c in (GPT_MLA, GPT))
-    assert mla * 4 == mha == 2 * 3 * 5 * 2 * 16 * 4  # layers, rows, tokens, key and value, n_embd, bytes
+    mla, mha = (sum(layer.nbytes for layer in new_cache(tiny_model(model_class), 3, 5))
+                for model_class in (GPT_MLA, GPT))
+    # layers, rows, tokens, key and value, n_embd, bytes
+    assert mla * 4 == mha == 2 * 3 * 5 * 2 * 16 * 4
     assert not isinstance(tiny_model(GPT_MLA).transformer.h[0].attn, CausalSelfAttention)

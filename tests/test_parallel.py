@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,11 +14,12 @@ from test_faults import assert_same_end, end_state, wait_for
 from test_train import ROOT
 
 import train as trainer
-from checkpoint import load_model
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
-from parallel import Team
+from runtime import dataset
+from runtime.loading import load_model
+from runtime.parallel import Processes
 from train import TrainConfig
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
@@ -63,17 +64,19 @@ def test_one_process_goes_on_as_two_with_a_note(args, tmp_path, program):
 
 
 def test_every_process_evaluates_its_share(data_dir, tmp_path, monkeypatch):
-    class OneOfTwo(Team):
+    class OneOfTwo(Processes):
         """Without the other."""
         mean = staticmethod(torch.Tensor.tolist)
-        wrap = any = highest = staticmethod(lambda value: value)
-    draw, seen = trainer.draw_batch, []
-    monkeypatch.setattr(trainer, 'draw_batch', lambda *args: (seen.append(args[3:]), draw(*args))[1])
-    config = TrainConfig(dataset=str(data_dir), out_dir=str(tmp_path / 'out'), eval_iters=5, eval_only=True, batch_size=2,
-                         gradient_accumulation_steps=2, device='cpu')
+        wrap = max = staticmethod(lambda value: value)
+    draw, seen = dataset.draw_batch, []
+    monkeypatch.setattr(dataset, 'draw_batch',
+                        lambda *args: (seen.append(args[3:]), draw(*args))[1])
+    config = TrainConfig(dataset=str(data_dir), out_dir=str(tmp_path / 'out'), eval_iters=5,
+                         eval_only=True, batch_size=2, gradient_accumulation_steps=2, device='cpu')
     for rank, share in ((0, [0, 2, 4]), (1, [1, 3, 5])):  # the sixth one is not counted
-        trainer.training_loop(GPT, config, dict(n_layer=1, n_head=2, n_embd=8, block_size=16),
-                              OneOfTwo(rank, 2, torch.device('cpu'), 'cpu', sharded=False), [], ExitStack())
+        processes = OneOfTwo(rank, 2, torch.device('cpu'), sharded=False)
+        monkeypatch.setattr(trainer, 'join_processes', lambda config: nullcontext(processes))
+        trainer.train(GPT, config, dict(n_layer=1, n_head=2, n_embd=8, block_size=16))
         assert seen == [((config.seed, 1, split), number) for split in (0, 1) for number in share]
         seen.clear()
 
@@ -86,7 +89,7 @@ def test_sharded_it_is_the_same_run_and_its_checkpoints_need_no_shards(model_cla
     assert 'sharded' in torchrun([*two, '--parallel=fsdp', '--max_iters=4'], script=script)
     torchrun([*two, '--parallel=fsdp'], script=script)
     assert losses(tmp_path / 'two') == pytest.approx(losses(tmp_path / 'one'), abs=1e-5)
-    mine, theirs = (load_model(tmp_path / name)[0] for name in ('one', 'two'))
+    mine, theirs = (load_model(tmp_path / name).model for name in ('one', 'two'))
     for (name, p), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(p, other, atol=1e-4), name
     code, out, err = program(lambda: trainer.main(model_class), *two, '--max_iters=10')  # on, in one process without shards

@@ -4,72 +4,96 @@ import signal
 
 import numpy as np
 import pytest
-import test_shakespeare_quick as quick
 import torch
 from conftest import tiny_model
 
-import train as trainer
-from checkpoint import load_model
-from dataset import open_data
+import test_shakespeare_quick as quick
 from model import GPT
+from runtime import dataset
+from runtime.dataset import open_data
+from runtime.loading import load_model
 
-SIZE = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--eval_iters=4',
-        '--max_iters=6']
+SIZE = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16',
+        '--batch_size=4', '--eval_iters=4', '--max_iters=6']
 
 
 @pytest.fixture
 def trained(data_dir, tmp_path, program):
-    code, out, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={tmp_path / "quick"}', *SIZE)
+    out_dir = f'--out_dir={tmp_path / "quick"}'
+    code, out, err = program(quick.main, f'--dataset={data_dir}', out_dir, *SIZE)
     assert code == 0, err
     return tmp_path / 'quick', out
 
 
 def test_a_signal_stops_the_whole_comparison(data_dir, tmp_path, program, monkeypatch):
-    draw, signals = trainer.draw_batch, [signal.SIGTERM]
+    draw, signals = dataset.draw_batch, [signal.SIGTERM]
 
     def interrupted(*args):
         if signals:
             os.kill(os.getpid(), signals.pop())
         return draw(*args)
-    monkeypatch.setattr(trainer, 'draw_batch', interrupted)
-    code, out, _ = program(quick.main, f'--dataset={data_dir}', f'--out_dir={tmp_path / "quick"}', *SIZE)
-    assert code == 0 and 'starts anew' in out and 'MLA' not in out and not (tmp_path / 'quick' / 'results.json').exists()
+    monkeypatch.setattr(dataset, 'draw_batch', interrupted)
+    out_dir = tmp_path / 'quick'
+    code, out, _ = program(quick.main, f'--dataset={data_dir}', f'--out_dir={out_dir}', *SIZE)
+    assert code == 0 and 'starts anew' in out and 'MLA' not in out
+    assert not (out_dir / 'results.json').exists()
 
 
 def test_what_it_leaves_behind(trained, data_dir):
     folder, out = trained
     results = json.loads((folder / 'results.json').read_text())
     assert results.keys() == {'mha', 'mla', 'settings'}
-    kinds = dict(params=int, attention_params=int, train_loss=float, val_loss=float, ms_per_iter=float,
-                 tokens_per_second=float, cache_bytes_per_token=int, sample=str)
+    kinds = dict(params=int, attention_params=int, train_loss=float, val_loss=float,
+                 ms_per_iter=float, tokens_per_second=float, cache_bytes_per_token=int, sample=str)
     for name in ('mha', 'mla'):
         assert {k: type(v) for k, v in results[name].items()} == kinds
-        assert len(results[name]['sample']) == 300 and set(results[name]['sample']) <= set('\n abcdefghijkl')
-        assert results[name]['sample'].strip()[:20] in out
-        assert results[name]['sample'].strip().split('\n')[0] in (folder / 'samples.txt').read_text()
-    # by hand, two layers: 4 matrices 16 x 16 for MHA; query, c_proj 16 x 16 and three 16 x 8 for MLA; 4 bytes a number
+        sample = results[name]['sample']
+        assert len(sample) == 300 and set(sample) <= set('\n abcdefghijkl')
+        assert sample.strip()[:20] in out
+        assert sample.strip().split('\n')[0] in (folder / 'samples.txt').read_text()
+    # by hand, two layers: 4 matrices 16 x 16 for MHA; query, c_proj 16 x 16 and three 16 x 8 for
+    # MLA; 4 bytes a number
     assert results['mha']['attention_params'] == 2 * 4 * 256
     assert results['mla']['attention_params'] == 2 * (2 * 256 + 3 * 128)
-    assert (results['mha']['cache_bytes_per_token'], results['mla']['cache_bytes_per_token']) == (2 * 32 * 4, 2 * 8 * 4)
+    assert results['mha']['cache_bytes_per_token'] == 2 * 32 * 4
+    assert results['mla']['cache_bytes_per_token'] == 2 * 8 * 4
     assert results['settings']['max_iters'] == results['settings']['lr_decay_iters'] == 6
     assert results['settings']['n_latent'] == 8 and results['settings']['seed'] == 1337
-    assert {p.name for p in folder.iterdir()} == {'comparison.png', 'results.json', 'samples.txt', 'ckpt.pt', 'ckpt_mla.pt',
-                                                  'mha', 'mla'}
+    assert {p.name for p in folder.iterdir()} == {
+        'comparison.png', 'results.json', 'samples.txt', 'ckpt.pt', 'ckpt_mla.pt', 'mha', 'mla'}
     assert (folder / 'comparison.png').read_bytes().startswith(b'\x89PNG')
     assert 'MLA / MHA' in out and 'cache bytes per token' in out
     for name, file in (('mha', 'ckpt.pt'), ('mla', 'ckpt_mla.pt')):
-        model, _ = load_model(folder / file)
+        model = load_model(folder / file).model
         loss = quick.split_loss(model, open_data(data_dir).val)
         assert loss == pytest.approx(results[name]['val_loss'], abs=1e-6)
+    next_steps = out.strip().splitlines()[-2:]
+    assert next_steps[0].endswith(f'python sample.py {folder / "ckpt_mla.pt"}')
+    assert 'python -m analysis.report' in next_steps[1] and str(folder / 'ckpt.pt') in next_steps[1]
+
+
+@pytest.mark.parametrize('active', [True, False])
+def test_the_last_lines_name_the_environment_unless_it_is_active(active, tmp_path, monkeypatch,
+                                                                 capsys):
+    monkeypatch.setattr(quick, '__file__', str(tmp_path / 'program.py'))
+    monkeypatch.setenv('VIRTUAL_ENV', 'x') if active else monkeypatch.delenv('VIRTUAL_ENV', False)
+    for exists in (False, True):
+        quick.print_next_steps(['a b/ckpt.pt', 'a b/ckpt_mla.pt'])
+        out = capsys.readouterr().out
+        assert ('source .venv/bin/activate' in out) == (exists and not active)
+        assert "python sample.py 'a b/ckpt_mla.pt'" in out
+        (tmp_path / '.venv').mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize('losses', [[4.0, 3.9, 3.8], [4.2, 1.9, 1.5], [9.0, 8.0, 7.9]])
 def test_the_picture_shows_the_curves(losses, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(quick.Figure, 'savefig', lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
+    monkeypatch.setattr(quick.Figure, 'savefig',
+                        lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
     history = [{'iter': i, 'train_loss': loss, 'val_loss': loss} for i, loss in enumerate(losses)]
     settings = dict(dataset='d', n_layer=1, n_embd=1, n_latent=1)
-    quick.draw_comparison(dict(mha=history, mla=history), dict(mha={'val_loss': 1.0}, mla={'val_loss': 1.0}), settings, 'x')
+    results = dict(mha={'val_loss': 1.0}, mla={'val_loss': 1.0})
+    quick.draw_comparison(dict(mha=history, mla=history), results, settings, 'x')
     bottom, top = drawn[0].get_ylim()
     assert bottom < min(losses) < sorted(losses)[1] < top
 
@@ -83,10 +107,12 @@ def test_split_loss_predicts_every_token_but_the_first_once():
             start = (i - 1) // 16 * 16
             logits = model(tokens[None, start:i])[0][0, -1]
             losses.append(-logits.log_softmax(-1)[tokens[i]].item())
-        assert quick.split_loss(model, tokens.numpy().astype(np.uint16), batch_size=2) == pytest.approx(np.mean(losses), abs=1e-5)
+        loss = quick.split_loss(model, tokens.numpy().astype(np.uint16), batch_size=2)
+        assert loss == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 @pytest.mark.parametrize('arg', ['--init_from=resume', '--eval_only=True', '--max_iters=0'])
 def test_what_makes_no_comparison_is_refused(arg, data_dir, tmp_path, program):
-    code, _, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={tmp_path / "quick"}', *SIZE, arg)
-    assert code == 2 and 'the comparison' in err and not (tmp_path / 'quick').exists()
+    out_dir = tmp_path / 'quick'
+    code, _, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={out_dir}', *SIZE, arg)
+    assert code == 2 and 'the comparison' in err and not out_dir.exists()

@@ -10,8 +10,8 @@ from test_checkpoint import save
 
 import export_huggingface
 import sample
-from checkpoint import checkpoint_path
-from data.tokenizer import gpt2_encoding
+from runtime.checkpoint import checkpoint_path
+from runtime.tokenizer import gpt2_encoding
 from model import GPT
 from model_k_ahead import GPT_KAhead
 

@@ -12,12 +12,14 @@ import torch
 from conftest import ALL, read_metrics, without_times
 
 import train as trainer
-from checkpoint import checkpoint_path, load_model
-from dataset import open_data
 from evaluate import split_loss
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
+from runtime import dataset
+from runtime.checkpoint import checkpoint_path
+from runtime.dataset import open_data
+from runtime.loading import load_model
 from train import TrainConfig, learning_rate_at
 
 ROOT = Path(trainer.__file__).parent
@@ -42,8 +44,8 @@ def test_it_learns_and_leaves_checkpoint_metrics_and_picture(model_class, tiny_a
         if 'loss' in row:  # 2 micro-batches of 4 sequences of 16 tokens
             assert row['tokens_per_second'] * row['ms_per_iter'] == pytest.approx(2 * 4 * 16 * 1e3)
     assert (tmp_path / 'out' / 'loss.png').read_bytes().startswith(b'\x89PNG')
-    model, tokenizer = load_model(checkpoint_path(tmp_path / 'out', model_class.model_type))
-    assert type(model) is model_class and len(tokenizer) == 14
+    trained = load_model(checkpoint_path(tmp_path / 'out', model_class.model_type))
+    assert type(trained.model) is model_class and trained.tokenizer.n_vocab == 14
 
 
 def test_each_heads_loss_is_kept_and_the_first_ones_decides(tiny_args, tmp_path, program):
@@ -59,7 +61,7 @@ def test_each_heads_loss_is_kept_and_the_first_ones_decides(tiny_args, tmp_path,
     best = min(row['val_loss'] for row in rows if 'val_loss' in row)
     assert torch.load(tmp_path / 'out' / 'ckpt_k_ahead.pt', weights_only=True)['best_val_loss'] == best
     data = open_data(tmp_path / 'data')
-    model = load_model(tmp_path / 'out')[0]
+    model = load_model(tmp_path / 'out').model
     assert split_loss(model, data.val) == pytest.approx(split_loss(ordinary(model), data.val), abs=1e-6)
 
 
@@ -73,8 +75,9 @@ def ordinary(model):
 def test_a_step_is_adamws_on_the_clipped_mean_gradient(tiny_args, tmp_path, data_dir, program, monkeypatch):
     """The first step, done again by hand on the batches that the loop drew."""
     drawn = []
-    draw = trainer.draw_batch
-    monkeypatch.setattr(trainer, 'draw_batch', lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    draw = dataset.draw_batch
+    monkeypatch.setattr(dataset, 'draw_batch',
+                        lambda *args: drawn.append(draw(*args)) or drawn[-1])
     args = tiny_args + ['--max_iters=1', '--eval_iters=1', '--weight_decay=0.2', '--grad_clip=0.05', '--warmup_iters=0']
     assert program(trainer.main, *args)[0] == 0
     torch.manual_seed(1337)
@@ -157,8 +160,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(model_class, dtype, tiny
 
 
 def test_both_models_see_the_same_batches_and_a_seed_decides_them(tiny_args, program, monkeypatch):
-    draw, seen = trainer.draw_batch, []
-    monkeypatch.setattr(trainer, 'draw_batch', lambda *args: seen[-1].append(draw(*args)[0]) or draw(*args))
+    draw, seen = dataset.draw_batch, []
+    monkeypatch.setattr(dataset, 'draw_batch',
+                        lambda *args: seen[-1].append(draw(*args)[0]) or draw(*args))
     for main, seed in ((trainer.main, 1), (lambda: trainer.main(GPT_MLA), 1), (trainer.main, 2)):
         seen.append([])
         assert program(main, *tiny_args, f'--seed={seed}')[0] == 0
@@ -264,7 +268,7 @@ def test_gpt2_weights_are_trained_on_with_a_shorter_context(tiny_args, tmp_path,
     (data_dir / 'meta.pkl').unlink()  # then the tokens count as GPT-2's
     args = [a for a in tiny_args if not a.startswith(('--n_', '--block_size'))] + ['--init_from=gpt2-local']
     assert program(trainer.main, *args, '--block_size=8')[0] == 0
-    model, _ = load_model(tmp_path / 'out')
+    model = load_model(tmp_path / 'out').model
     assert model.config.block_size == 8 and model.config.gelu == 'tanh'
     code, _, err = program(trainer.main, *args, '--n_layer=3')
     assert code == 2 and 'n_layer=3 was asked for' in err

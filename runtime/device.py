@@ -1,0 +1,67 @@
+"""
+What 'auto' means for device and dtype on this machine. A clear message where the machine lacks
+what is asked for.
+"""
+
+from contextlib import nullcontext
+
+from configurator import UserError
+
+import torch
+
+# torch's allocator on a CPU raises a plain RuntimeError, as do some CUDA libraries and mps. Only
+# the message tells such an error from a mistake in the program.
+OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", 'out of memory',
+                          'Storage size calculation overflowed')
+
+
+def pick_device(name, local_rank=None):
+    """'auto', 'cpu', 'cuda', 'cuda:1', 'mps' -> the torch.device and its type. Under torchrun a
+    CUDA device is the one of this process, local_rank. Raises UserError if the machine has no such
+    device."""
+    if name == 'auto':
+        has_mps = torch.backends.mps.is_available()
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
+    known = "use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f'device={name!r} is not known: {known}') from None
+    if device.type == 'cuda':
+        count = torch.cuda.device_count()
+        index = local_rank if local_rank is not None else device.index or 0
+        if index >= count:
+            remedy = 'start fewer processes' if count else "use --device=cpu or 'auto'"
+            raise UserError(f'device={name!r}: this process wants GPU {index}, torch finds '
+                            f'{count} here; {remedy}')
+        device = torch.device('cuda', index)
+        torch.cuda.set_device(device)
+    elif device.type == 'mps' and not torch.backends.mps.is_available():
+        raise UserError("device='mps' is not available here: use --device=cpu or 'auto'")
+    elif device.type not in ('cpu', 'cuda', 'mps'):
+        raise UserError(f'device={name!r} is not supported: {known}')
+    return device, device.type
+
+
+def pick_dtype(name, device_type):
+    """'auto', 'float32', 'bfloat16' or 'float16' -> torch.dtype. 'auto' is float32 except on a
+    GPU, where it is bfloat16, or float16 on an older one."""
+    if name != 'auto':
+        return getattr(torch, name)
+    if device_type != 'cuda':
+        return torch.float32
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def autocast(device_type, dtype):
+    """The context in which a model computes in dtype. Float32 needs none."""
+    return nullcontext() if dtype == torch.float32 else torch.amp.autocast(device_type, dtype)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the CPU's or the GPU's memory is used up."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(m in message for m in OUT_OF_MEMORY_MESSAGES)

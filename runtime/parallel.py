@@ -1,0 +1,148 @@
+"""
+Several processes as one run. Those that torchrun started join, average and agree here. Without
+torchrun there is one.
+
+    parallel='ddp'     each process holds the whole model and optimizer; gradients are averaged
+    parallel='fsdp'    each holds a part of every weight and of the optimizer, and the whole of one
+                       block at a time
+"""
+
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from configurator import UserError
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from runtime.device import pick_device
+
+
+@dataclass
+class Processes:
+    """The processes of a run, seen from one of them."""
+    rank: int
+    size: int
+    device: torch.device
+    sharded: bool  # parallel='fsdp', and more than one process
+    control: object = None  # a group that talks without waiting for a GPU
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    def mean(self, values):
+        """The mean over the processes of a tensor that each of them has, as a list."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return (values / self.size).tolist()
+
+    def max(self, number):
+        """The highest of a whole number that each process has."""
+        if self.size == 1:
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
+        return number.item()
+
+    def any(self, flag):
+        """Whether flag is true in any process."""
+        return bool(self.max(int(flag)))
+
+    def barrier(self):
+        """Wait until all processes have come here."""
+        self.any(False)
+
+    def max_abs(self, parameters):
+        """The largest absolute value in parameters, nan if one of them is."""
+        parts = [p.to_local() if hasattr(p, 'to_local') else p for p in parameters]
+        largest = torch.stack([p.detach().abs().max() for p in parts if p.numel()]).max()
+        return math.nan if self.any(not math.isfinite(largest)) else largest.item()
+
+    def place(self, model):
+        """Put a model, or this process's part of it, on the device."""
+        if not self.sharded:
+            return model.to(self.device)
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
+        blocks = [*model.transformer.h, *getattr(model, 'ahead', [])]
+        for block in blocks:  # one after the other, so that the device never holds them all
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        register_fsdp_forward_method(model, 'losses')
+        return model
+
+    def wrap(self, net):
+        """The module whose backward pass averages gradients."""
+        if self.size == 1 or self.sharded:
+            return net
+        return DDP(net, device_ids=[self.device.index] if self.device.type == 'cuda' else None)
+
+    def gradient_sync(self, net, now):
+        """Say whether the next backward pass averages gradients over the processes, or only adds
+        them up in each. To be said before the forward pass."""
+        if self.sharded:
+            net.set_requires_gradient_sync(now)
+        elif self.size > 1:
+            net.require_backward_grad_sync = now  # what DDP's no_sync() sets, without a context
+
+    def gather(self, value):
+        """A state dictionary whose sharded tensors are put together, on the CPU of the first
+        process. All processes have to call it."""
+        if isinstance(value, dict):
+            return {key: self.gather(item) for key, item in value.items()}
+        if not hasattr(value, 'full_tensor'):
+            return value
+        value = value.full_tensor()
+        return value.cpu() if self.is_first else None
+
+    def load_optimizer(self, optimizer, state):
+        """Give an optimizer the state that gather() put together, or that an optimizer of one
+        process has."""
+        if self.sharded:
+            params = [p for group in optimizer.param_groups for p in group['params']]
+            shards = {i: {key: self.shard(params[i], value) for key, value in of_one.items()}
+                      for i, of_one in state['state'].items()}
+            state = state | {'state': shards}
+        optimizer.load_state_dict(state)
+
+    def shard(self, p, value):
+        """This process's part of value, split as the parameter p is, if it has p's shape."""
+        from torch.distributed.tensor import distribute_tensor
+        if torch.is_tensor(value) and value.shape == p.shape and value.dim():
+            return distribute_tensor(value.to(self.device), p.device_mesh, p.placements)
+        return value
+
+
+@contextmanager
+def join_processes(config):
+    """Join the processes that torchrun started and yield the Processes. Raises UserError where
+    they cannot work together."""
+    under_torchrun = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= os.environ.keys()
+    size = int(os.environ['WORLD_SIZE']) if under_torchrun else 1
+    local_rank = int(os.environ['LOCAL_RANK']) if under_torchrun else None
+    device, device_type = pick_device(config.device, local_rank)
+    if config.gradient_accumulation_steps % size:
+        raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} counts '
+                        'all processes together and is not divisible by their number, '
+                        f'{size}: use a multiple of {size}')
+    if not under_torchrun:
+        yield Processes(0, 1, device, sharded=False)
+        return
+    backend = config.backend
+    if backend == 'auto':
+        backend = 'nccl' if device_type == 'cuda' else 'gloo'
+    if backend == 'nccl' and device_type != 'cuda':
+        raise UserError(f"backend='nccl' needs GPUs, device is {device_type}: use backend='gloo' "
+                        "or 'auto'")
+    if not dist.is_backend_available(backend):
+        raise UserError(f"backend={backend!r} is not available in this torch: use 'nccl', 'gloo' "
+                        "or 'auto'")
+    dist.init_process_group(backend)
+    control = dist.new_group(backend='gloo') if backend != 'gloo' else None
+    sharded = config.parallel == 'fsdp' and size > 1
+    yield Processes(dist.get_rank(), size, device, sharded, control)
+    dist.destroy_process_group()  # not after an error in one process: it would wait for the others

@@ -1,0 +1,245 @@
+"""What a run tells: on the terminal, in metrics.jsonl, in loss.png and at Weights & Biases."""
+
+import json
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict
+
+from configurator import UserError
+
+import torch
+from tqdm import tqdm
+
+from models import MODELS
+
+WANDB_NAMES = {'loss': 'train/batch_loss', 'train_loss': 'train/loss', 'val_loss': 'val/loss'}
+
+
+class RunLog:
+    """The log of a run. Only the first process speaks, and nothing that goes wrong here may cost
+    the run."""
+
+    def __init__(self, config, state, folder, processes):
+        self.state, self.folder = state, folder
+        self.is_first = processes.is_first
+        self.metrics_are_whole = False  # whether the file holds all rows so far
+        self.label = MODELS[state.model.model_type].model_class.__name__
+        self.wandb = None
+        if config.wandb_log and self.is_first:
+            self.wandb = start_wandb(config, state.model.config)
+        self.bar = tqdm(initial=state.iter_num, unit='iter', dynamic_ncols=True,
+                        total=None if config.eval_only else config.max_iters,
+                        leave=not config.eval_only,
+                        disable=not (self.is_first and sys.stderr.isatty()))
+
+    def say(self, line):
+        if not self.is_first:
+            return
+        try:
+            if self.bar.disable:
+                print(line, flush=True)
+            else:
+                self.bar.write(line)
+        except OSError:  # nobody reads any more, or the disk of the log is full
+            sys.stdout = open(os.devnull, 'w')
+
+    def warn(self, line):
+        self.say(f'warning: {line}')
+
+    def progress(self, text):
+        """What the progress bar says beside its count."""
+        self.bar.set_postfix_str(text)
+
+    def iteration(self, row):
+        """Keep the row of metrics of an iteration, and say it. The loss that is shown is that of
+        the next token, as in evaluations; that of all heads together stands beside it."""
+        self.record(row)
+        loss = f"loss {row.get('loss/head_1', row['loss']):.4f}"
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+        self.progress(f'{loss}, {speed}')
+        if self.bar.disable:
+            heads = f" | all heads {row['loss']:.4f}" if 'loss/head_1' in row else ''
+            mfu = f" | mfu {row['mfu']:.1%}" if 'mfu' in row else ''
+            self.say(f"iter {row['iter']:6d} | {loss}{heads} | {row['ms_per_iter']:.1f} ms | "
+                     f'{speed}{mfu}')
+
+    def evaluation(self, row, saved):
+        """Say the losses of an evaluation and what was saved after it, and draw loss.png."""
+        if self.folder.writes:
+            try:
+                draw_loss(self.state.metrics, self.label, self.folder.picture)
+            except OSError as e:
+                self.warn(f'loss.png cannot be written ({e.strerror}); training goes on')
+        self.say(f"step {row['iter']:6d} | train loss {row['train_loss']:.4f} | "
+                 f"val loss {row['val_loss']:.4f}{saved}")
+
+    def record(self, row):
+        """Keep a row of metrics where a person, a plot and wandb find it."""
+        if self.folder.writes:
+            self.state.metrics.append(row)
+            self.write_metrics(row)
+        if self.wandb:
+            if 'mfu' in row:
+                row = row | {'mfu': 100 * row['mfu']}  # in percent, as nanoGPT logs it
+            try:
+                self.wandb.log({WANDB_NAMES.get(key, key): value for key, value in row.items()},
+                               step=row['iter'])
+            except Exception as e:  # it is another program's, and can raise anything
+                self.warn(f'training goes on without wandb ({type(e).__name__}: {e})')
+                self.wandb = None
+
+    def write_metrics(self, row):
+        """Add a row to metrics.jsonl. The first one, and one after a failure, writes all anew."""
+        path = self.folder.metrics
+        try:
+            if self.metrics_are_whole:
+                with open(path, 'a') as f:
+                    f.write(to_lines([row]))
+            else:
+                write_whole(path, to_lines(self.state.metrics))
+                self.metrics_are_whole = True
+        except OSError as e:
+            self.metrics_are_whole = False
+            self.warn(f'{path} cannot be written ({e.strerror}); training goes on')
+
+    def close(self):
+        """End what wandb has begun. It may take a minute: without a network it would wait for
+        ever."""
+        if self.wandb:
+            finish = threading.Thread(target=finish_quietly, args=(self.wandb,), daemon=True)
+            finish.start()
+            finish.join(60)
+
+
+class PendingLosses:
+    """Losses of iterations that the device may still be computing. To read one is to wait for it,
+    so they are read together, where the log wants them."""
+
+    def __init__(self, processes, learning_rate):
+        self.processes, self.learning_rate = processes, learning_rate
+        self.pending = {}  # iter_num -> tensor of losses
+        self.durations = []  # seconds per iteration, of each stretch
+        self.started = time.perf_counter()
+
+    def add(self, iter_num, losses):
+        self.pending[iter_num] = losses
+
+    def restart_clock(self):
+        """Leave out of the next stretch what came since the last one, such as an evaluation."""
+        self.started = time.perf_counter()
+
+    def settle(self):
+        """Wait for all that is pending. Returns the losses of the last iteration, their mean over
+        all processes, and the seconds that each iteration took; None if nothing is pending.
+        Raises UserError if the first of an iteration's losses is not finite."""
+        if not self.pending:
+            return None
+        losses = self.processes.mean(torch.stack([*self.pending.values()]))
+        for iter_num, (loss, *_) in zip(self.pending, losses):
+            check_finite('the loss', iter_num, [loss], self.learning_rate)
+        now = time.perf_counter()
+        self.durations.append((now - self.started) / len(self.pending))
+        self.pending, self.started = {}, now
+        return losses[-1], self.durations[-1]
+
+    def median_seconds(self):
+        """Median seconds per iteration, without the first stretch, which holds the warm-up."""
+        return statistics.median(self.durations[1:] or self.durations or [math.nan])
+
+
+def check_finite(what, iter_num, values, learning_rate):
+    """Raise UserError if one of values is not finite, before it can spoil a checkpoint."""
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"{what} is {' and '.join(map(str, values))} in step {iter_num}, so the "
+                        'run stops, and what it has saved stays: try a lower learning_rate than '
+                        f'{learning_rate}')
+
+
+def by_head(name, losses):
+    """{'loss/head_1': ...} for a model of several heads, without those that had nothing to learn,
+    whose loss is 0. Heads are counted from 1."""
+    if len(losses) == 1:
+        return {}
+    return {f'{name}/head_{i}': loss for i, loss in enumerate(losses, start=1) if loss}
+
+
+def to_lines(rows):
+    """The text of a metrics.jsonl. The checkpoint holds it too, so that the two cannot part."""
+    return ''.join(json.dumps(row) + '\n' for row in rows)
+
+
+def write_whole(path, text):
+    """Write a file that has its name only once it is complete. Raises OSError."""
+    partial = path.with_suffix('.partial')
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def start_wandb(config, model_config):
+    """wandb, with a run begun; None with a warning if that fails. Raises UserError if it is not
+    installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb_log=True needs wandb: pip install wandb, or use --wandb_log=False'
+                        ) from None
+    try:
+        wandb.init(project=config.wandb_project, name=config.wandb_run_name,
+                   config=asdict(config) | asdict(model_config))
+    except Exception as e:  # it is another program's, and can raise anything
+        print(f'warning: training goes on without wandb ({type(e).__name__}: {e})', file=sys.stderr)
+        return None
+    return wandb
+
+
+def finish_quietly(wandb):
+    with suppress(Exception):  # what it could not send is its own loss
+        wandb.finish()
+
+
+def plot_losses(ax, metrics, label, color):
+    """Draw a run's metrics: evaluated train loss (dashed) and val loss (solid) over the loss of
+    each batch (faint). Further heads have a val loss each (dotted); then the other curves are
+    those of the first head."""
+    batches = [(row['iter'], row.get('loss/head_1', row['loss'])) for row in metrics
+               if 'loss' in row]
+    evaluations = [(row['iter'], row['train_loss'], row['val_loss']) for row in metrics
+                   if 'val_loss' in row]
+    if batches:
+        ax.plot(*zip(*batches), color=color, alpha=0.3, linewidth=0.8,
+                label=f"{label}, each batch's own")
+    iters, train_losses, val_losses = zip(*evaluations)
+    ax.plot(iters, train_losses, '--', color=color, label=f'{label}, train')
+    ax.plot(iters, val_losses, '-o', color=color, markersize=3, label=f'{label}, val')
+    prefix = 'val_loss/head_'
+    heads = {int(key.removeprefix(prefix)) for row in metrics for key in row
+             if key.startswith(prefix)}
+    for i in sorted(heads - {1}):
+        points = [(row['iter'], row[f'{prefix}{i}']) for row in metrics if f'{prefix}{i}' in row]
+        ax.plot(*zip(*points), ':s', color=f'C{i - 1}', markersize=3,
+                label=f'{label}, val, head {i}')
+    ax.set(xlabel='iteration', ylabel='cross-entropy loss (nats per token)')
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+    ax.legend()
+
+
+def draw_loss(metrics, label, path):
+    """Draw loss.png. Raises OSError where it cannot be written."""
+    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    ax = figure.subplots()
+    plot_losses(ax, metrics, label, 'C0')
+    last = [row for row in metrics if 'val_loss' in row][-1]
+    ax.set_title(f"{label}: val loss {last['val_loss']:.4f} after {last['iter']:,} iterations",
+                 fontsize=10)
+    figure.savefig(path, dpi=130)
