@@ -226,6 +226,7 @@ def train(model_class, config, model_args):
 
         # end well: a run that a signal stopped is saved too
         log.bar.close()
+        del net  # DDP goes before its process group does: else the two may wait for each other
         if stopped:
             pending.settle()
             check_finite('the largest weight', state.iter_num,

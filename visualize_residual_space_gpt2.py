@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import UserError, check_least, run
+from configurator import UserError, run
 
 import numpy as np
 import torch
@@ -53,10 +53,7 @@ class ResidualConfig(program.AnalysisConfig):
     normalize: bool = False  # take each vector as a layer norm hands it on
     labels: bool = True  # write each token beside its point
     animation: bool = False  # also residual_space.gif
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_least(self, random_tokens=1, repeat=1)
+    least = dict(random_tokens=1, repeat=1)
 
 
 @dataclass

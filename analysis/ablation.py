@@ -17,7 +17,7 @@ about the position, remains.
 
 from dataclasses import dataclass
 
-from configurator import UserError, check_least, run
+from configurator import UserError, run
 
 import numpy as np
 import torch
@@ -33,10 +33,7 @@ class Config(AnalysisConfig):
     text: str = ''  # FILE:book.txt or a dataset; '': the val split that the checkpoint names
     max_tokens: int = 8192  # of the text, in windows of the context's length
     top: int = 8  # heads in the table
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_least(self, max_tokens=2, top=1)
+    least = dict(max_tokens=2, top=1)
 
 
 @dataclass

@@ -13,7 +13,7 @@ start token. Here there is one repetition and no start token.
 
 from dataclasses import dataclass
 
-from configurator import UserError, check_least, run
+from configurator import UserError, run
 
 import numpy as np
 
@@ -27,10 +27,7 @@ class Config(AnalysisConfig):
     sequences: int = 50  # random sequences
     length: int = 50  # tokens in a copy, of two; at most half of the context
     threshold: float = 0.4  # the table has the heads that score above
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_least(self, sequences=1, length=2)
+    least = dict(sequences=1, length=2)
 
 
 @dataclass

@@ -24,7 +24,7 @@ names.
 from dataclasses import dataclass
 from functools import partial
 
-from configurator import UserError, check_least, run
+from configurator import UserError, run
 
 import numpy as np
 import torch
@@ -65,10 +65,7 @@ class Config(AnalysisConfig):
     patch_prompts: int = 8  # of these, those whose activations are patched, which takes most of
         # the time; 0: none
     top: int = 5  # heads in each part of the table
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_least(self, prompts=2, patch_prompts=0, top=1)
+    least = dict(prompts=2, patch_prompts=0, top=1)
 
 
 @dataclass

@@ -22,7 +22,7 @@ latent that keys alone read, 0 for values alone.
 
 from dataclasses import dataclass
 
-from configurator import UserError, check_least, run
+from configurator import UserError, run
 
 import numpy as np
 import torch
@@ -38,10 +38,10 @@ class Config(AnalysisConfig):
     directions: int = 3  # of each layer, in the numbers
     tokens: int = 6  # at either end of a direction
     alone: float = 0.9  # from this share on, a direction is used by keys (or values) alone
+    least = dict(directions=1, tokens=1)
 
     def __post_init__(self):
         super().__post_init__()
-        check_least(self, directions=1, tokens=1)
         if not 0.5 < self.alone <= 1:
             raise ValueError(f'alone={self.alone} must be above 0.5 and at most 1')
 

@@ -41,8 +41,10 @@ class AnalysisConfig:
     seed: int = 1337  # of all that is drawn at random
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 
+    least = {}  # of an analysis's own keys: the least values that are allowed
+
     def __post_init__(self):
-        check_least(self, seed=0)
+        check_least(self, seed=0, **self.least)
 
 
 @dataclass

@@ -20,7 +20,7 @@ chance is far above 0.
 
 from dataclasses import dataclass
 
-from configurator import UserError, check_least, run
+from configurator import UserError, run
 
 import numpy as np
 import torch
@@ -38,10 +38,7 @@ class Config(AnalysisConfig):
     text: str = ''  # FILE:book.txt or a dataset; '': the val split that the checkpoint of model
         # names
     max_tokens: int = 4096  # of the text, in windows of the shorter context
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_least(self, max_tokens=2)
+    least = dict(max_tokens=2)
 
 
 @dataclass

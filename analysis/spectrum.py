@@ -35,7 +35,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from configurator import UserError, check_least, run
+from configurator import UserError, run
 
 import numpy as np
 import torch
@@ -55,10 +55,7 @@ class Config(AnalysisConfig):
     text: str = ''  # for the activations: FILE:book.txt or a dataset; '': the val split that the
         # checkpoint names
     max_tokens: int = 4096  # of the text, in windows of the context's length
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_least(self, max_tokens=2)
+    least = dict(max_tokens=2)
 
 
 @dataclass
