@@ -15,6 +15,7 @@ An attention is a module made from the model's config. The rest of the project k
     init_weights()           optional: draws what starts otherwise than GPT-2's weights do
     c_proj                   the linear map that sums up the heads, which lie side by side
 
+References
     GPT-2        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
     attention    Vaswani et al. 2017, "Attention Is All You Need", eq. 1
     FLOP count   Chowdhery et al. 2022, "PaLM", appendix B
@@ -37,7 +38,7 @@ class GPTConfig:
     n_head: int = 12  # attention heads per block; must divide n_embd
     n_embd: int = 768  # width of the residual stream
     dropout: float = 0.0  # 0 for pretraining, 0.1 or more for finetuning
-    bias: bool = True  # in Linear and LayerNorm, as GPT-2 has it; False is a bit better and faster
+    bias: bool = True  # biases in Linear and LayerNorm, like GPT-2; False: a bit better and faster
     gelu: Literal['none', 'tanh'] = 'none'  # approximation of GELU; GPT-2's weights want 'tanh'
 
     def __post_init__(self):
@@ -196,8 +197,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters. Position embeddings do not count unless non_embedding is False;
-        token embeddings do, since the unembedding is the same matrix."""
+        """Number of parameters, by default without the position embeddings, as nanoGPT counts."""
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 

@@ -7,7 +7,7 @@ import export_huggingface
 from model import GPT
 from model_mla import GPT_MLA
 from runtime.loading import load_model
-from runtime.tokenizer import gpt2_encoding, make_tokenizer
+from runtime.tokenizer import gpt2_encoding
 
 
 @pytest.mark.parametrize('settings', [dict(bias=True), dict(bias=False), dict(gelu='tanh')])
@@ -31,7 +31,7 @@ def test_transformers_computes_the_same_logits(settings, tmp_path, program):
 def test_tokenizer_files_and_the_way_back(tmp_path, program):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = tiny_model(GPT, vocab_size=50304)
-    save(tmp_path / 'ckpt.pt', model, make_tokenizer('gpt2'))
+    save(tmp_path / 'ckpt.pt', model, 'gpt2')
     # the folder that holds the checkpoint
     code, out, err = program(export_huggingface.main, tmp_path, tmp_path / 'hf')
     assert code == 0 and 'tokenizer.json' in out and not (tmp_path / 'hf.partial').exists(), err
