@@ -179,7 +179,6 @@ class GPT_KAhead(GPT):
         total = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction='sum')
         return total / (targets != -1).sum().clamp(min=1)
 
-    @torch.compiler.disable  # compiled, two heads' logits would be alive at a time
     def checkpointed_loss(self, x, targets):
         """head_loss, whose logits the backward pass computes again rather than keep them."""
         return checkpoint(self.head_loss, x, targets, use_reentrant=False, preserve_rng_state=False)
@@ -195,8 +194,11 @@ class GPT_KAhead(GPT):
     def losses_of(self, states, targets):
         """losses, of the heads' last residual streams, k tensors (B, T, n_embd)."""
         losses, shares = [], []
+        # compiled, two heads' logits would be alive at a time. As a decorator this would import
+        # the compiler, which takes a second, wherever this file is imported
+        checkpointed_loss = torch.compiler.disable(self.checkpointed_loss)
         for i, (x, wanted) in enumerate(zip(states, self.head_targets(states[0], targets))):
-            losses.append(self.checkpointed_loss(x, wanted))
+            losses.append(checkpointed_loss(x, wanted))
             n_all = (targets[:, i:] != -1).sum().clamp(min=1)
             shares.append((wanted != -1).sum() / n_all)
         return torch.stack(losses), torch.stack(shares)
