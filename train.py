@@ -33,106 +33,6 @@ from runtime.saver import CheckpointSaver
 from runtime.tokenizer import Tokenizer
 
 
-@dataclass
-class TrainConfig:
-    out_dir: str = 'out'  # where checkpoint, metrics.jsonl and loss.png go
-    eval_interval: int = 2000  # iterations between evaluations; each may write a checkpoint
-    log_interval: int = 1  # iterations between lines in the log
-    eval_iters: int = 200  # batches per evaluation and split
-    eval_only: bool = False  # evaluate once and stop, writing nothing
-    always_save_checkpoint: bool = True  # after every evaluation, not only after the best so far
-    keep_checkpoints: int = 1  # of each kind; the older ones are ckpt.pt.1, ckpt.pt.2 and so on
-    init_from: str = 'scratch'  # or 'resume', 'auto' (resume if possible), 'gpt2-xl', a directory
-    wandb_log: bool = False  # log to Weights & Biases too
-    wandb_project: str = 'owt'  # its project
-    wandb_run_name: str = 'gpt2'  # its name for this run
-    dataset: str = 'openwebtext'  # the folder in data/ with the bins, or the path of one
-    gradient_accumulation_steps: int = 5 * 8  # micro-batches per iteration, of all processes
-    batch_size: int = 12  # sequences in a micro-batch
-    learning_rate: float = 6e-4  # highest learning rate
-    max_iters: int = 600000  # optimizer steps in all
-    weight_decay: float = 1e-1  # AdamW's, on matrices and embeddings
-    beta1: float = 0.9  # AdamW's decay of the mean
-    beta2: float = 0.95  # AdamW's decay of the variance
-    grad_clip: float = 1.0  # clip the gradient's norm at this value, 0 for never
-    decay_lr: bool = True  # warm up and decay the learning rate; else it is constant
-    warmup_iters: int = 2000  # iterations of linear warm-up
-    lr_decay_iters: int = 600000  # where the cosine ends, about max_iters
-    min_lr: float = 6e-5  # learning rate at the end, about learning_rate / 10
-    parallel: Literal['ddp', 'fsdp'] = 'ddp'  # 'fsdp' splits the model over the processes
-    backend: str = 'auto'  # between processes: 'nccl', 'gloo' or 'auto', which is nccl on GPUs
-    device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # bfloat16 on a GPU that can
-    compile: Literal[True, False, 'auto'] = 'auto'  # torch.compile; 'auto': on a GPU
-    seed: int = 1337  # decides weights, data order and dropout
-
-    def __post_init__(self):
-        check_least(self, eval_interval=1, log_interval=1, eval_iters=1, batch_size=1, max_iters=0,
-                    gradient_accumulation_steps=1, learning_rate=0, min_lr=0, weight_decay=0,
-                    grad_clip=0, warmup_iters=0, lr_decay_iters=0, seed=0, keep_checkpoints=1)
-        if self.keep_checkpoints > 1000:
-            raise ValueError(f'keep_checkpoints={self.keep_checkpoints} must be at most 1000')
-        for key in ('out_dir', 'dataset'):
-            if not getattr(self, key):
-                raise ValueError(f'{key} is empty: give a folder')
-        for key in ('beta1', 'beta2'):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f'{key}={getattr(self, key)} must be at least 0 and below 1')
-        known = self.init_from in ('scratch', 'resume', 'auto') or is_hugging_face(self.init_from)
-        if not known:
-            raise ValueError(f"init_from={self.init_from!r} must be 'scratch', 'resume', 'auto', "
-                             f"{', '.join(GPT2_NAMES)} or the directory of a Hugging Face GPT-2")
-
-
-@dataclass
-class Result:
-    """What a run leaves behind. Times leave evaluations out."""
-    model: torch.nn.Module
-    tokenizer: Tokenizer
-    device: torch.device
-    history: list  # the dictionaries of metrics.jsonl
-    ms_per_iter: float  # median over the logged stretches
-    tokens_per_second: float  # of all processes together
-    stopped: bool  # by a signal, before max_iters
-
-
-def learning_rate_at(iter_num, config):
-    """Linear warm-up to learning_rate, cosine down to min_lr at lr_decay_iters, then min_lr."""
-    if not config.decay_lr:
-        return config.learning_rate
-    if iter_num < config.warmup_iters:
-        return config.learning_rate * (iter_num + 1) / (config.warmup_iters + 1)
-    if iter_num >= config.lr_decay_iters:
-        return config.min_lr
-    ratio = (iter_num - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    coefficient = 0.5 * (1 + math.cos(math.pi * ratio))
-    return config.min_lr + coefficient * (config.learning_rate - config.min_lr)
-
-
-@torch.no_grad()
-def estimate_loss(model, batches, config, dtype, processes, log):
-    """Mean loss of each split over the same eval_iters batches every time, in nats. Each process
-    takes its share. The loss is that of the next token. Where there are more heads, theirs stand
-    beside it, over the positions at which they learn."""
-    model.eval()
-    losses = {}
-    # as many batches in each process: with fsdp all take every one together
-    n_batches = config.eval_iters + -config.eval_iters % processes.size
-    for split in SPLITS:
-        total = torch.zeros(2, model.n_predictions, device=processes.device)
-        for number in range(processes.rank, n_batches, processes.size):
-            log.progress(f'{split} loss, batch {number + 1} of {config.eval_iters}')
-            x, y = batches.draw(split, EVALUATION, number)
-            with autocast(processes.device.type, dtype):
-                batch_losses, shares = model.losses(x, y)
-            if number < config.eval_iters:  # what is too many does not count
-                total += torch.stack((batch_losses * shares, shares))
-        mean = [loss / share if share else 0.0 for loss, share in zip(*processes.mean(total))]
-        losses |= {f'{split}_loss': mean[0]} | by_head(f'{split}_loss', mean)
-    model.train()
-    return losses
-
-
 def train(model_class, config, model_args):
     """Train a model_class by a TrainConfig. model_args are the model settings that were asked for;
     the data and the class decide the others. Returns a Result. Raises UserError for what is wrong,
@@ -239,6 +139,109 @@ def train(model_class, config, model_args):
         seconds = pending.median_seconds()
         return Result(model, data.tokenizer, device, state.metrics, seconds * 1e3,
                       tokens_per_iter / seconds, stopped)
+
+
+def learning_rate_at(iter_num, config):
+    """Linear warm-up to learning_rate, cosine down to min_lr at lr_decay_iters, then min_lr."""
+    if not config.decay_lr:
+        return config.learning_rate
+    if iter_num < config.warmup_iters:
+        return config.learning_rate * (iter_num + 1) / (config.warmup_iters + 1)
+    if iter_num >= config.lr_decay_iters:
+        return config.min_lr
+    ratio = (iter_num - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+    coefficient = 0.5 * (1 + math.cos(math.pi * ratio))
+    return config.min_lr + coefficient * (config.learning_rate - config.min_lr)
+
+
+@torch.no_grad()
+def estimate_loss(model, batches, config, dtype, processes, log):
+    """Mean loss of each split over the same eval_iters batches every time, in nats. Each process
+    takes its share. The loss is that of the next token. Where there are more heads, theirs stand
+    beside it, over the positions at which they learn."""
+    model.eval()
+    losses = {}
+    # as many batches in each process: with fsdp all take every one together
+    n_batches = config.eval_iters + -config.eval_iters % processes.size
+    for split in SPLITS:
+        total = torch.zeros(2, model.n_predictions, device=processes.device)
+        for number in range(processes.rank, n_batches, processes.size):
+            log.progress(f'{split} loss, batch {number + 1} of {config.eval_iters}')
+            x, y = batches.draw(split, EVALUATION, number)
+            with autocast(processes.device.type, dtype):
+                batch_losses, shares = model.losses(x, y)
+            if number < config.eval_iters:  # what is too many does not count
+                total += torch.stack((batch_losses * shares, shares))
+        mean = [loss / share if share else 0.0 for loss, share in zip(*processes.mean(total))]
+        losses |= {f'{split}_loss': mean[0]} | by_head(f'{split}_loss', mean)
+    model.train()
+    return losses
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = 'out'  # where checkpoint, metrics.jsonl and loss.png go
+    eval_interval: int = 2000  # iterations between evaluations; each may write a checkpoint
+    log_interval: int = 1  # iterations between lines in the log
+    eval_iters: int = 200  # batches per evaluation and split
+    eval_only: bool = False  # evaluate once and stop, writing nothing
+    always_save_checkpoint: bool = True  # after every evaluation, not only after the best so far
+    keep_checkpoints: int = 1  # of each kind; the older ones are ckpt.pt.1, ckpt.pt.2 and so on
+    init_from: str = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is something),
+                                # 'gpt2-xl', the directory of a GPT-2
+    wandb_log: bool = False  # log to Weights & Biases too
+    wandb_project: str = 'owt'  # its project
+    wandb_run_name: str = 'gpt2'  # its name for this run
+    dataset: str = 'openwebtext'  # the folder in data/ with the bins, or the path of one
+    gradient_accumulation_steps: int = 5 * 8  # micro-batches per iteration, of all processes
+    batch_size: int = 12  # sequences in a micro-batch
+    learning_rate: float = 6e-4  # highest learning rate
+    max_iters: int = 600000  # optimizer steps in all
+    weight_decay: float = 1e-1  # AdamW's, on matrices and embeddings
+    beta1: float = 0.9  # AdamW's decay of the mean
+    beta2: float = 0.95  # AdamW's decay of the variance
+    grad_clip: float = 1.0  # clip the gradient's norm at this value, 0 for never
+    decay_lr: bool = True  # warm up and decay the learning rate; else it is constant
+    warmup_iters: int = 2000  # iterations of linear warm-up
+    lr_decay_iters: int = 600000  # where the cosine ends, about max_iters
+    min_lr: float = 6e-5  # learning rate at the end, about learning_rate / 10
+    parallel: Literal['ddp', 'fsdp'] = 'ddp'  # 'fsdp': each process holds a part of the model,
+                                              # for models past one GPU's memory
+    backend: str = 'auto'  # between processes: 'nccl', 'gloo' or 'auto', which is nccl on GPUs
+    device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast; 'auto': bfloat16
+                                                                       # on a GPU that has it
+    compile: Literal[True, False, 'auto'] = 'auto'  # torch.compile; 'auto': on a GPU
+    seed: int = 1337  # decides weights, data order and dropout
+
+    def __post_init__(self):
+        check_least(self, eval_interval=1, log_interval=1, eval_iters=1, batch_size=1, max_iters=0,
+                    gradient_accumulation_steps=1, learning_rate=0, min_lr=0, weight_decay=0,
+                    grad_clip=0, warmup_iters=0, lr_decay_iters=0, seed=0, keep_checkpoints=1)
+        if self.keep_checkpoints > 1000:
+            raise ValueError(f'keep_checkpoints={self.keep_checkpoints} must be at most 1000')
+        for key in ('out_dir', 'dataset'):
+            if not getattr(self, key):
+                raise ValueError(f'{key} is empty: give a folder')
+        for key in ('beta1', 'beta2'):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f'{key}={getattr(self, key)} must be at least 0 and below 1')
+        known = self.init_from in ('scratch', 'resume', 'auto') or is_hugging_face(self.init_from)
+        if not known:
+            raise ValueError(f"init_from={self.init_from!r} must be 'scratch', 'resume', 'auto', "
+                             f"{', '.join(GPT2_NAMES)} or the directory of a Hugging Face GPT-2")
+
+
+@dataclass
+class Result:
+    """What a run leaves behind. Times leave evaluations out."""
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    device: torch.device
+    history: list  # the dictionaries of metrics.jsonl
+    ms_per_iter: float  # median over the logged stretches
+    tokens_per_second: float  # of all processes together
+    stopped: bool  # by a signal, before max_iters
 
 
 def keys_elsewhere(model_class):
