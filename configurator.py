@@ -247,7 +247,7 @@ def print_help(classes, standing, positional):
     program = sys.modules['__main__']
     if program.__doc__:
         print(inspect.cleandoc(program.__doc__) + '\n')
-    name = os.path.basename(sys.argv[0])
+    name = sys.argv[0]
     if program.__spec__:  # it was started with python -m
         name = f'-m {program.__spec__.name}'
     words = [name, *(f'[{key.upper()}]' for key in positional), '[CONFIG.py ...]']
