@@ -149,7 +149,7 @@ def print_next_steps(checkpoints):
     if Path(__file__).with_name('.venv').is_dir() and 'VIRTUAL_ENV' not in os.environ:
         print('    source .venv/bin/activate')
     print(f'    python sample.py {mla}\n'
-          f'    python -m analysis.report --model={mha} --other={mla}')
+          f'    python -m analysis.report {mha} {mla}')
 
 
 def main():

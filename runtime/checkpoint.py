@@ -22,6 +22,7 @@ import torch
 
 from model import GPTConfig
 from models import MODELS
+from runtime.device import is_out_of_memory
 
 
 class DamagedError(UserError):
@@ -138,10 +139,8 @@ def read_checkpoint(path, device='cpu', mmap=False):
                         'another') from None
     try:
         return checked(torch.load(path, map_location=device, weights_only=True, mmap=mmap))
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as e:  # a damaged file can raise nearly anything
-        if "can't allocate memory" in str(e):
+        if is_out_of_memory(e):
             raise
         if type(e) is ValueError:
             reason = str(e)

@@ -17,6 +17,8 @@ from runtime.loading import load_model
 from runtime.tokenizer import make_tokenizer
 from train import TrainConfig
 
+ROOT = Path(ckpt.__file__).parents[1]
+
 
 def save(path, model, spec=CHARS):
     scaler = torch.amp.GradScaler('cpu', enabled=False)
@@ -43,7 +45,8 @@ def nanogpt_names(n_layer, bias):
     norms = ['ln_1', 'ln_2']
     linears = ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
     kinds = ['weight', 'bias'] if bias else ['weight']
-    blocks = {f'transformer.h.{i}.{m}.{kind}' for i in range(n_layer) for m in norms + linears for kind in kinds}
+    blocks = {f'transformer.h.{i}.{module}.{kind}'
+              for i in range(n_layer) for module in norms + linears for kind in kinds}
     return blocks | {f'transformer.ln_f.{kind}' for kind in kinds} | {
         'transformer.wte.weight', 'transformer.wpe.weight', 'lm_head.weight'}
 
@@ -53,7 +56,8 @@ def test_loads_the_way_nanogpt_loads(tmp_path, bias):
     model = tiny_model(GPT, bias=bias)
     save(tmp_path / 'ckpt.pt', model)
     checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
-    assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= checkpoint.keys()
+    keys = {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'}
+    assert keys <= checkpoint.keys()
     config = NanoGPTConfig(**checkpoint['model_args'])
     assert set(checkpoint['model']) == nanogpt_names(config.n_layer, bias)
     assert checkpoint['model']['transformer.h.0.attn.c_attn.weight'].shape == (48, 16)
@@ -70,22 +74,24 @@ def test_gelu_is_written_only_where_nanogpt_would_compute_something_else(tmp_pat
 
 def test_a_checkpoint_of_nanogpts_loads(tmp_path):
     model = tiny_model(GPT)
-    torch.save({'model': {f'_orig_mod.{k}': v for k, v in model.state_dict().items()}
-                | {'_orig_mod.transformer.h.0.attn.bias': torch.ones(1, 1, 16, 16)},
-                'optimizer': {}, 'model_args': dict(block_size=16, vocab_size=14, n_layer=2, n_head=2, n_embd=16, dropout=0.0,
-                                                    bias=True),
-                'iter_num': 10, 'best_val_loss': torch.tensor(1.5), 'config': {'dataset': str(tmp_path)}},
+    weights = {f'_orig_mod.{k}': v for k, v in model.state_dict().items()}
+    weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)
+    model_args = dict(block_size=16, vocab_size=14, n_layer=2, n_head=2, n_embd=16, dropout=0.0,
+                      bias=True)
+    torch.save({'model': weights, 'optimizer': {}, 'model_args': model_args, 'iter_num': 10,
+                'best_val_loss': torch.tensor(1.5), 'config': {'dataset': str(tmp_path)}},
                tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match='carries no tokenizer'):
         load_model(tmp_path)
     chars = ''.join(CHARS)
     with open(tmp_path / 'meta.pkl', 'wb') as f:
-        pickle.dump({'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}, f)
+        stoi = {c: i for i, c in enumerate(chars)}
+        pickle.dump({'itos': dict(enumerate(chars)), 'stoi': stoi}, f)
     trained = load_model(tmp_path)
     idx = torch.randint(14, (2, 16))
     assert torch.equal(trained.model(idx, idx)[0], model(idx, idx)[0])
     assert trained.tokenizer.spec == CHARS
-    with open(tmp_path / 'meta.pkl', 'wb') as f:  # of other data: its ids would mean other characters
+    with open(tmp_path / 'meta.pkl', 'wb') as f:  # other data's: its ids mean other characters
         pickle.dump({'itos': dict(enumerate(chars[1:]))}, f)
     with pytest.raises(UserError, match='no meta.pkl for a vocabulary of 14'):
         load_model(tmp_path)
@@ -110,7 +116,8 @@ def test_a_folder_with_both_gives_the_one_asked_for(tmp_path):
         save(tmp_path / name, tiny_model(model_class))
     assert type(load_model(tmp_path, model_type='mla').model) is GPT_MLA
     assert type(load_model(tmp_path, model_type='gpt').model) is GPT
-    with pytest.raises(UserError, match='several checkpoints: give one of .*ckpt.pt, .*ckpt_mla.pt'):
+    words = 'several checkpoints: give one of .*ckpt.pt, .*ckpt_mla.pt'
+    with pytest.raises(UserError, match=words):
         load_model(tmp_path)
 
 
@@ -134,24 +141,28 @@ class Evil:
         return (print, ('owned',))
 
 
-@pytest.mark.parametrize('content, words', [
-    (lambda good: good[:len(good) // 2], 'damaged'), (lambda good: b'', 'damaged'), (lambda good: b'x' * 100, 'damaged'),
-    (lambda good: pickle.dumps(Evil(), protocol=2), 'damaged')])
-def test_what_cannot_be_read_is_reported(tmp_path, content, words, capsys):
+@pytest.mark.parametrize('content', [
+    lambda good: good[:len(good) // 2], lambda good: b'', lambda good: b'x' * 100,
+    lambda good: pickle.dumps(Evil(), protocol=2)])
+def test_what_cannot_be_read_is_reported(tmp_path, content, capsys):
     path = tmp_path / 'ckpt.pt'
     save(path, tiny_model(GPT))
     path.write_bytes(content(path.read_bytes()))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match='damaged'):
         load_model(path)
     assert 'owned' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('change, words', [
     (lambda c: c.pop('model_args'), 'lacks model and model_args'),
-    (lambda c: c['model_args'].update(n_embd=32), 'do not fit'), (lambda c: c['model_args'].update(rotary=1), 'do not fit'),
-    (lambda c: c['model'].popitem(), 'do not fit'), (lambda c: c.update(model_type='mamba'), "model_type 'mamba'"),
-    (lambda c: c['model_args'].update(n_head=3), 'not divisible'), (lambda c: c.update(tokenizer=5), 'its tokenizer'),
-    (lambda c: c.update(model=[1]), 'damaged'), (lambda c: c.update(model_type=['gpt']), 'model_type')])
+    (lambda c: c['model_args'].update(n_embd=32), 'do not fit'),
+    (lambda c: c['model_args'].update(rotary=1), 'do not fit'),
+    (lambda c: c['model'].popitem(), 'do not fit'),
+    (lambda c: c.update(model_type='mamba'), "model_type 'mamba'"),
+    (lambda c: c['model_args'].update(n_head=3), 'not divisible'),
+    (lambda c: c.update(tokenizer=5), 'its tokenizer'),
+    (lambda c: c.update(model=[1]), 'damaged'),
+    (lambda c: c.update(model_type=['gpt']), 'model_type')])
 def test_what_does_not_fit_is_reported(tmp_path, change, words):
     path = tmp_path / 'ckpt.pt'
     save(path, tiny_model(GPT))
@@ -163,12 +174,14 @@ def test_what_does_not_fit_is_reported(tmp_path, change, words):
 
 
 def test_loading_maps_the_file_and_copies_nothing(tmp_path):
-    """Peak memory beyond the interpreter, with the optimizer's twice as many numbers in the same file."""
+    """Peak memory beyond the interpreter's. The file holds an optimizer of twice the size too."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=4, n_head=8, n_embd=512))
     weights = sum(p.nbytes for p in model.parameters())
-    state = {i: {'exp_avg': torch.ones_like(p), 'exp_avg_sq': torch.ones_like(p)} for i, p in enumerate(model.parameters())}
-    ckpt.save_checkpoint(tmp_path / 'ckpt.pt', model, make_tokenizer('gpt2'), {}, 1, optimizer={'state': state})
+    state = {i: {'exp_avg': torch.ones_like(p), 'exp_avg_sq': torch.ones_like(p)}
+             for i, p in enumerate(model.parameters())}
+    ckpt.save_checkpoint(tmp_path / 'ckpt.pt', model, make_tokenizer('gpt2'), {}, 1,
+                         optimizer={'state': state})
     assert (tmp_path / 'ckpt.pt').stat().st_size > 2.9 * weights
     program = f'''
 import sys, torch, generate
@@ -176,7 +189,8 @@ from runtime import loading
 from model import GPT, GPTConfig
 
 def peak():
-    return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) * 1024
+    line = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))
+    return int(line.split()[1]) * 1024
 
 tiny = GPT(GPTConfig(64, 50304, 1, 1, 8)).eval()
 generate.generate(tiny, torch.zeros(1, 1, dtype=torch.long), 2, 50304)
@@ -185,8 +199,9 @@ model = loading.load_model({str(tmp_path)!r}).model
 generate.generate(model, torch.zeros(1, 1, dtype=torch.long), 2, 50304)
 print(peak() - before)
 '''
-    done = subprocess.run([sys.executable, '-c', program], cwd=Path(ckpt.__file__).parents[1], capture_output=True, text=True)
-    # every page of the weights is counted once it has been read; importing what torch imports late takes some more
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True,
+                          text=True)
+    # every page of the weights counts once it has been read; torch's late imports take some more
     assert weights * 0.9 < int(done.stdout) < 1.3 * weights + 80e6, done.stderr
 
 
@@ -199,7 +214,8 @@ def test_weights_in_other_dtypes_are_read_as_float32(model_class, tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
-    assert {p.dtype for p in load_model(path, dtype=torch.bfloat16).model.parameters()} == {torch.bfloat16}
+    half = load_model(path, dtype=torch.bfloat16).model
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 def test_what_is_not_there_is_reported(tmp_path):
@@ -210,17 +226,23 @@ def test_what_is_not_there_is_reported(tmp_path):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='needs limits on the size of files')
 def test_a_full_disk_costs_nothing_and_leaves_nothing(tmp_path):
-    """Simulated by a limit on the size of a file: one line from convert and export, and the old checkpoint stays."""
+    """A limit on the size of a file stands for it. convert and export say it in one line, and the
+    old checkpoint stays."""
     model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=1, n_head=2, n_embd=16))
     ckpt.save_checkpoint(tmp_path / 'ckpt.pt', model, make_tokenizer('gpt2'), {}, 1)
     before = (tmp_path / 'ckpt.pt').read_bytes()
-    root = Path(ckpt.__file__).parents[1]
-    for program, args in (('convert_mla.py', [f'--out_dir={tmp_path / "mla"}']), ('export_huggingface.py', [tmp_path / 'hf'])):
-        limited = 'import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); ' \
-                  'resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); sys.argv = sys.argv[1:]; ' \
-                  f'sys.path.insert(0, {str(root)!r}); runpy.run_path(sys.argv[0], run_name="__main__")'
-        done = subprocess.run([sys.executable, '-c', limited, root / program, tmp_path / 'ckpt.pt', *args],
-                              capture_output=True, text=True, timeout=120)
+    limited = f'''
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+'''
+    for program, args in (('convert_mla.py', [f'--out_dir={tmp_path / "mla"}']),
+                          ('export_huggingface.py', [tmp_path / 'hf'])):
+        command = [sys.executable, '-c', limited, ROOT / program, tmp_path / 'ckpt.pt', *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and done.stderr.startswith('error: '), done.stderr
         assert done.stderr.count('\n') == 1 and 'cannot be written' in done.stderr
     assert [p for p in tmp_path.rglob('*') if p.is_file()] == [tmp_path / 'ckpt.pt']

@@ -1,13 +1,20 @@
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+import configurator
+from configurator import UserError, build, configure, run
 
 import pytest
 import torch
 
-from configurator import UserError, build, configure, run
-from model import GPTConfig
+import train
+from model import GPT, GPTConfig
 from model_k_ahead import KAheadConfig
-from model_mla import MLAConfig
+from model_mla import GPT_MLA, MLAConfig
+from runtime.device import is_out_of_memory
 from train import TrainConfig
 
 
@@ -32,7 +39,8 @@ def config_file(folder, text, name='c.py'):
 
 
 def test_values_by_type():
-    s = settings('--text=1e3=x', '--count=7', '--rate=2', '--switch=False', '--flag=True', '--maybe=3')
+    s = settings('--text=1e3=x', '--count=7', '--rate=2', '--switch=False', '--flag=True',
+                 '--maybe=3')
     assert s == Settings(text='1e3=x', count=7, rate=2.0, switch=False, flag=True, maybe=3)
     assert type(s.rate) is float
     assert settings('--switch=auto', '--maybe=None', '--text=').text == ''
@@ -40,12 +48,14 @@ def test_values_by_type():
 
 
 @pytest.mark.parametrize('arg, words', [
-    ('--count=x', "--count='x' must be a whole number"), ('--count=1.0', 'a whole number'), ('--count=True', 'whole'),
-    ('--rate=fast', "must be a number"), ('--rate=1e999', 'finite'), ('--flag=1', 'True or False'),
-    ('--switch=1', "True, False or auto"), ('--switch=on', 'True, False or auto'), ('--count=' + '9' * 30, '2**63'),
-    ('--maybe=x', 'a whole number or None'), ('--cuont=3', 'did you mean count?'), ('--count', '--key=value'),
-    ('--switch', '--key=value'), ('flag', 'no config file'), ('-flag', '--key=value'),
-    ('-count=3', '--count='), ('nothing.py', 'no config file'), ('count=3', 'did you mean --count=3?'),
+    ('--count=x', "--count='x' must be a whole number"), ('--count=1.0', 'a whole number'),
+    ('--count=True', 'whole'), ('--rate=fast', "must be a number"), ('--rate=1e999', 'finite'),
+    ('--flag=1', 'True or False'), ('--switch=1', "True, False or auto"),
+    ('--switch=on', 'True, False or auto'), ('--count=' + '9' * 30, '2**63'),
+    ('--maybe=x', 'a whole number or None'), ('--cuont=3', 'did you mean count?'),
+    ('--count', '--key=value'), ('--switch', '--key=value'), ('flag', 'no config file'),
+    ('-flag', '--key=value'), ('-count=3', '--count='), ('nothing.py', 'no config file'),
+    ('count=3', 'did you mean --count=3?'),
     ('--rate=' + '(' * 5000, 'a number'),
 ])
 def test_what_is_wrong_is_said(arg, words):
@@ -55,16 +65,20 @@ def test_what_is_wrong_is_said(arg, words):
 
 
 def test_later_ones_win_and_files_see_what_stands(tmp_path):
-    path = config_file(tmp_path, 'import time\nfrom math import sqrt\n_x = 2\ndef f(): return _x\n'
-                                 'count = count * 2\ncount += f()\ntext = "file"\nclass C: pass\n')
+    path = config_file(tmp_path, 'import time\nfrom math import sqrt\n_x = 2\n'
+                                 'def f(): return _x\ncount = count * 2\ncount += f()\n'
+                                 'text = "file"\nclass C: pass\n')
     assert settings('--count=5', path) == Settings(text='file', count=12)
     assert settings(path, '--count=5') == Settings(text='file', count=5)
 
 
 @pytest.mark.parametrize('text, words', [
-    ('count = 1 / 0', 'raised ZeroDivisionError in line 1'), ('\ncount = (', 'raised SyntaxError in line 2'),
-    ('import sys\nsys.exit(3)', 'raised SystemExit in line 2'), ('cuont = 3', ': cuont; did you mean count, or is the file for another program?'), ('count = lambda: 3', 'whole number'),
-    ('count = "3"', "must be a whole number"), ('rate = None', 'a number'),
+    ('count = 1 / 0', 'raised ZeroDivisionError in line 1'),
+    ('\ncount = (', 'raised SyntaxError in line 2'),
+    ('import sys\nsys.exit(3)', 'raised SystemExit in line 2'),
+    ('cuont = 3', ': cuont; did you mean count, or is the file for another program?'),
+    ('count = lambda: 3', 'whole number'), ('count = "3"', "must be a whole number"),
+    ('rate = None', 'a number'),
 ])
 def test_a_bad_file_is_named(tmp_path, text, words):
     path = config_file(tmp_path, text)
@@ -74,14 +88,16 @@ def test_a_bad_file_is_named(tmp_path, text, words):
 
 
 def test_model_keys_are_handed_back_only_if_given():
-    config, model_args = configure(['--n_layer=3', '--max_iters=5'], TrainConfig, MLAConfig, bias=False, out_dir='o')
+    argv = ['--n_layer=3', '--max_iters=5']
+    config, model_args = configure(argv, TrainConfig, MLAConfig, bias=False, out_dir='o')
     assert (config.max_iters, config.out_dir, model_args) == (5, 'o', {'n_layer': 3})
     with pytest.raises(UserError, match='n_embd=768 is not divisible by n_head=5'):
         build(GPTConfig, {'n_head': 5})
 
 
 def test_numbers_of_numpys_are_numbers(tmp_path):
-    path = config_file(tmp_path, 'import numpy as np\ncount = np.int64(3)\nrate = np.sqrt(4.0)\nflag = np.bool_(True)\n')
+    path = config_file(tmp_path, 'import numpy as np\ncount = np.int64(3)\nrate = np.sqrt(4.0)\n'
+                                 'flag = np.bool_(True)\n')
     assert settings(path) == Settings(count=3, rate=2.0, flag=True)
 
 
@@ -90,55 +106,148 @@ def test_help_prints_every_key_with_default_and_comment(capsys):
         configure(['--help'], TrainConfig, MLAConfig, out_dir='out_mla')
     out = capsys.readouterr().out
     assert e.value.code == 0
-    assert "--out_dir='out_mla'" in out and '--n_latent=None' in out and 'width of the latent' in out
+    assert "--out_dir='out_mla'" in out and '--n_latent=None' in out
+    assert 'width of the latent' in out
     for key in (*TrainConfig.__dataclass_fields__, *MLAConfig.__dataclass_fields__):
         line = next(line for line in out.splitlines() if line.startswith(f'  --{key}='))
         assert len(line.split(maxsplit=1)) == 2, f'{key} has no comment'
 
 
+@dataclass
+class Long:
+    short: int = 1  # a few words
+    # a remark on what comes next
+    long: Literal['one', 'two'] = 'one'  # a comment that does not fit
+                                         # in one line, {so} it goes on in the next
+    bare: int = 2
+
+
+def test_help_begins_with_the_docstring_and_wraps_long_comments(capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules['__main__'], '__doc__', '\nWhat it does:\n\n    example\n')
+    with pytest.raises(SystemExit):
+        configure(['-h'], Long, positional=('long', 'bare'))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ['What it does:', '', '    example', '']
+    assert '[LONG] [BARE] [CONFIG.py ...] [--key=value ...]' in lines[4]
+    assert lines[6] == f"{'  --short=1':<47}a few words"
+    assert lines[7][:47].rstrip() == "  --long='one'" and len(lines[7]) <= 100
+    assert lines[7][47:] == 'a comment that does not fit in one line, {so} it goes'
+    assert lines[8:] == [' ' * 47 + 'on in the next', '  --bare=2']
+
+
+def test_values_may_stand_without_their_key(tmp_path):
+    def read(*argv):
+        return configure(argv, Settings, positional=('text', 'count'))[0]
+    path = config_file(tmp_path, 'rate = 2\n')
+    assert read('b', '7') == read('--flag=False', 'b', '--count=7') == Settings(text='b', count=7)
+    assert read(path, 'b') == read('b', path) == Settings(text='b', rate=2.0)
+    assert read('b', '--text=c').text == 'c' and read('--text=c', 'b').text == 'b'
+    for argv, words in ((['b', 'x'], "--count='x' must be a whole number"),
+                        (['b', '7', '8'], "no config file '8'"), ([''], "no config file ''"),
+                        (['count=3'], 'did you mean --count=3?'), (['x.py'], "file 'x.py'")):
+        with pytest.raises(UserError) as e:
+            read(*argv)
+        assert words in str(e.value)
+    (tmp_path / 'count=3').touch()
+    assert read(str(tmp_path / 'count=3')).text == str(tmp_path / 'count=3')
+
+
+def test_a_key_of_another_program_names_it(tmp_path):
+    path = config_file(tmp_path, 'n_latent = 3\n')
+    for arg in ('--n_latent=3', path):
+        with pytest.raises(UserError, match='n_latent: it is a key of train_mla.py$'):
+            configure([arg], Settings, elsewhere={'n_latent': 'train_mla.py'})
+        with pytest.raises(UserError, match='unknown key'):
+            configure([arg], Settings, elsewhere={'k_ahead': 'train_k_ahead.py'})
+
+
+@pytest.mark.parametrize('model_class, arg, key, other', [
+    (GPT, '--n_latent=32', '--n_latent', 'train_mla.py'),
+    (GPT, 'config/train_gpt2_k_ahead.py', 'k_ahead', 'train_k_ahead.py'),
+    (GPT_MLA, '--k_ahead=4', '--k_ahead', 'train_k_ahead.py')])
+def test_a_trainer_names_the_trainer_that_has_a_key(model_class, arg, key, other, program):
+    code, out, err = program(lambda: train.main(model_class), arg)
+    assert code == 2 and out == '' and err.count('\n') == 1
+    assert f'{key}: it is a key of {other}\n' in err and err.startswith('error: ')
+
+
+@pytest.mark.parametrize('venv', [True, False])
+def test_without_torch_a_program_says_how_to_go_on(venv, tmp_path):
+    (tmp_path / 'configurator.py').write_bytes(Path(configurator.__file__).read_bytes())
+    if venv:
+        (tmp_path / '.venv' / 'lib' / 'python3.12' / 'site-packages' / 'torch').mkdir(parents=True)
+    program = 'import sys; sys.modules["torch"] = None; import configurator'
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('error: torch is not installed here: run ')
+    assert 'source .venv/bin/activate' in done.stderr and ('make quick' in done.stderr) != venv
+
+
+def test_every_program_checks_for_torch_before_it_imports_a_package():
+    root = Path(configurator.__file__).parent
+    paths = [*root.glob('*.py'), *root.glob('data/*/prepare.py')]
+    programs = [[path] for path in sorted(paths) if '\n    run(' in path.read_text()]
+    assert len(programs) > 10
+    for program in [*programs, ['-m', 'analysis']]:
+        # Without -S and -E, Python would find the packages that are installed.
+        done = subprocess.run([sys.executable, '-SE', *program, '--help'], cwd=root,
+                              capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1
+        assert done.stderr.startswith('error: torch is not installed here: run '), program
+
+
 # every key that a config file or command line of nanoGPT's trainer can set, with nanoGPT's default
 NANOGPT = dict(
-    out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False, always_save_checkpoint=True,
-    init_from='scratch', wandb_log=False, wandb_project='owt', wandb_run_name='gpt2', dataset='openwebtext',
-    gradient_accumulation_steps=40, batch_size=12, block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0,
-    bias=False, learning_rate=6e-4, max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0,
-    decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5, backend='nccl', device='cuda',
-    dtype='bfloat16', compile=True)
+    out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False,
+    always_save_checkpoint=True, init_from='scratch', wandb_log=False, wandb_project='owt',
+    wandb_run_name='gpt2', dataset='openwebtext', gradient_accumulation_steps=40, batch_size=12,
+    block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False,
+    learning_rate=6e-4, max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0,
+    decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5, backend='nccl',
+    device='cuda', dtype='bfloat16', compile=True)
 
 
 def test_a_config_file_of_nanogpts_works(tmp_path):
-    text = 'import time\n' + ''.join(f'{k} = {v!r}\n' for k, v in NANOGPT.items()) + 'wandb_run_name = str(time.time())\n'
-    config, model_args = configure([config_file(tmp_path, text)], TrainConfig, GPTConfig)
+    keys = ''.join(f'{k} = {v!r}\n' for k, v in NANOGPT.items())
+    path = config_file(tmp_path, f'import time\n{keys}wandb_run_name = str(time.time())\n')
+    config, model_args = configure([path], TrainConfig, GPTConfig)
     for key, value in NANOGPT.items():
         if key != 'wandb_run_name':
             assert (model_args[key] if key in model_args else getattr(config, key)) == value
     ours = {f: getattr(TrainConfig(), f) for f in TrainConfig.__dataclass_fields__ if f in NANOGPT}
-    decide_themselves = ('device', 'dtype', 'compile', 'backend')
-    assert ours == {k: v for k, v in NANOGPT.items() if k in ours} | {k: 'auto' for k in decide_themselves}
+    decide_themselves = {k: 'auto' for k in ('device', 'dtype', 'compile', 'backend')}
+    assert ours == {k: v for k, v in NANOGPT.items() if k in ours} | decide_themselves
 
 
 @pytest.mark.parametrize('name, model_config', [
-    ('train_shakespeare_char', GPTConfig), ('train_shakespeare_char_mla', MLAConfig), ('train_gpt2', GPTConfig),
-    ('train_gpt2_mla', MLAConfig), ('finetune_shakespeare', GPTConfig), ('eval_gpt2', GPTConfig),
-    ('train_shakespeare_char_k_ahead', KAheadConfig), ('train_gpt2_k_ahead', KAheadConfig), ('train_shakespeare_char_cpu', GPTConfig),
+    ('train_shakespeare_char', GPTConfig), ('train_shakespeare_char_mla', MLAConfig),
+    ('train_gpt2', GPTConfig), ('train_gpt2_mla', MLAConfig), ('finetune_shakespeare', GPTConfig),
+    ('eval_gpt2', GPTConfig), ('train_shakespeare_char_k_ahead', KAheadConfig),
+    ('train_gpt2_k_ahead', KAheadConfig), ('train_shakespeare_char_cpu', GPTConfig),
     ('eval_gpt2_medium', GPTConfig), ('eval_gpt2_large', GPTConfig), ('eval_gpt2_xl', GPTConfig)])
 def test_our_config_files(name, model_config):
     config, model_args = configure([f'config/{name}.py'], TrainConfig, model_config)
     if name.endswith('_mla'):
         twin, twin_args = configure([f'config/{name[:-4]}.py'], TrainConfig, MLAConfig)
-        assert model_args == twin_args | {'n_latent': None} and MLAConfig(**model_args).n_latent * 2 == MLAConfig(**model_args).n_embd
-        assert {k for k, v in vars(config).items() if v != getattr(twin, k)} == {'out_dir', 'wandb_run_name'}
-        with pytest.raises(UserError, match='n_latent; .* for another program'):  # train.py would train MHA with it
+        model_config = MLAConfig(**model_args)
+        assert model_args == twin_args | {'n_latent': None}
+        assert model_config.n_latent * 2 == model_config.n_embd
+        different = {k for k, v in vars(config).items() if v != getattr(twin, k)}
+        assert different == {'out_dir', 'wandb_run_name'}
+        # train.py would train MHA with it
+        with pytest.raises(UserError, match='n_latent; .* for another program'):
             configure([f'config/{name}.py'], TrainConfig, GPTConfig)
     if name.endswith('_k_ahead'):
         assert KAheadConfig(**model_args).k_ahead == 4
 
 
 def test_only_what_is_for_want_of_memory_is_called_so(capsys):
-
     for broken in (lambda: torch.zeros(6).view(4, 2), lambda: torch.zeros(2) @ torch.zeros(3)):
         with pytest.raises(RuntimeError):
             run(broken)
     with pytest.raises(SystemExit):
         run(lambda: torch.zeros(10 ** 15))
     assert 'not enough memory' in capsys.readouterr().err
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError())
+    assert not is_out_of_memory(ValueError('out of memory'))

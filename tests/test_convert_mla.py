@@ -7,12 +7,13 @@ from test_checkpoint import save
 
 import convert_mla
 import train_mla
-from runtime.checkpoint import load_model, read_checkpoint
 from convert_mla import Moments, activation_moments, convert, factor
-from runtime.dataset import open_data
 from evaluate import split_loss
 from model import GPT
 from model_mla import GPT_MLA
+from runtime.checkpoint import read_checkpoint
+from runtime.dataset import open_data
+from runtime.loading import load_model
 from train import main as train_main
 
 
@@ -45,7 +46,8 @@ def test_with_all_of_the_width_it_is_exact(bias, weighted):
     if bias:
         for ours, theirs in zip(double.transformer.h, model.transformer.h):
             assert torch.equal(ours.attn.query.bias, theirs.attn.c_attn.bias[:16])
-            torch.testing.assert_close(torch.cat([ours.attn.key.bias, ours.attn.value.bias]), theirs.attn.c_attn.bias[16:])
+            ours_kv = torch.cat([ours.attn.key.bias, ours.attn.value.bias])
+            torch.testing.assert_close(ours_kv, theirs.attn.c_attn.bias[16:])
     else:
         assert double.transformer.h[0].attn.key.bias is None
 
@@ -66,13 +68,17 @@ def test_moments_are_those_of_the_attentions_input():
 @pytest.mark.parametrize('bias', [True, False])
 def test_no_other_factors_of_this_rank_lose_less_on_the_text(bias):
     torch.manual_seed(0)
-    x = torch.randn(4000, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + torch.randn(6, dtype=torch.float64)
-    W, b = torch.randn(12, 6, dtype=torch.float64), torch.randn(12, dtype=torch.float64) if bias else None
+    spread, mixing, mean = (torch.randn(*shape, dtype=torch.float64)
+                            for shape in ((4000, 6), (6, 6), (6,)))
+    x = spread @ mixing + mean
+    W = torch.randn(12, 6, dtype=torch.float64)
+    b = torch.randn(12, dtype=torch.float64) if bias else None
     D, E, b_new, errors = factor(W, b, Moments(x.mean(0), x.T @ x / len(x)), 3)
     assert D.shape == (12, 3) and E.shape == (3, 6)
     wanted = x @ W.T + (b if bias else 0)
     least = (wanted - x @ (D @ E).T - (b_new if bias else 0)).square().mean().item()
-    # what no rank can go below, by Eckart and Young: the outputs' own singular values, about their mean if a bias may have it
+    # what no rank can go below, by Eckart and Young: the outputs' own singular values, about their
+    # mean if a bias may have it
     singular = torch.linalg.svdvals(wanted - wanted.mean(0) if bias else wanted)
     assert least == pytest.approx((singular[3:].square().sum() / wanted.numel()).item(), rel=1e-3)
     assert errors[2] == pytest.approx((singular[3:].norm() / singular.norm()).item(), rel=1e-3)
@@ -99,7 +105,8 @@ def test_without_a_text_the_weights_singular_values_decide():
 
 
 def test_a_text_that_takes_few_directions_is_kept_with_few():
-    """Activations in two dimensions: a latent of two loses nothing on them, and one of all six nothing anywhere."""
+    """Activations in two dimensions: a latent of two loses nothing on them, and one of all six
+    nothing anywhere."""
     basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q[:, :2]
     moments = Moments(torch.zeros(6, dtype=torch.float64), basis @ basis.T)
     W = torch.randn(12, 6, dtype=torch.float64)
@@ -110,23 +117,28 @@ def test_a_text_that_takes_few_directions_is_kept_with_few():
 
 
 def test_program_reports_saves_and_training_goes_on(tiny_args, data_dir, tmp_path, program):
-    assert program(train_main, *tiny_args, '--max_iters=60', '--eval_interval=30', '--bias=True')[0] == 0
+    args = ['--max_iters=60', '--eval_interval=30', '--bias=True']
+    assert program(train_main, *tiny_args, *args)[0] == 0
     source, out_dir = tmp_path / 'out' / 'ckpt.pt', tmp_path / 'mla'
-    code, out, err = program(convert_mla.main, source, '--n_latent=16', f'--out_dir={out_dir}', '--device=cpu',
-                             '--calibration_tokens=500', '--val_tokens=400')
+    code, out, err = program(convert_mla.main, source, '--n_latent=16', f'--out_dir={out_dir}',
+                             '--device=cpu', '--calibration_tokens=500', '--val_tokens=400')
     assert code == 0, err
-    assert f'weighted by the activations of {data_dir}' in out and [p.name for p in out_dir.iterdir()] == ['ckpt_mla.pt']
-    before, after = (float(out.split(' nats before')[0].split()[-1]), float(out.split(' after')[0].split()[-1]))
+    assert f'weighted by the activations of {data_dir}' in out
+    assert [p.name for p in out_dir.iterdir()] == ['ckpt_mla.pt']
+    before, after = (float(out.split(end)[0].split()[-1]) for end in (' nats before', ' after'))
     assert before == pytest.approx(after, abs=1e-4)
     val = open_data(data_dir).val[:400]
-    assert before == pytest.approx(split_loss(load_model(source)[0], val), abs=1e-4)
+    gpt, converted = load_model(source).model, load_model(out_dir)
+    assert before == pytest.approx(split_loss(gpt, val), abs=1e-4)
     idx = torch.randint(14, (2, 16))
-    converted, spec = load_model(out_dir)
-    torch.testing.assert_close(converted(idx, idx)[0], load_model(source)[0](idx, idx)[0], atol=1e-4, rtol=0)
-    assert spec == CHARS and read_checkpoint(out_dir / 'ckpt_mla.pt')['iter_num'] == 0
+    logits = converted.model(idx, idx)[0]
+    torch.testing.assert_close(logits, gpt(idx, idx)[0], atol=1e-4, rtol=0)
+    assert converted.tokenizer.spec == CHARS and converted.dataset == str(data_dir)
+    assert read_checkpoint(out_dir / 'ckpt_mla.pt')['iter_num'] == 0
 
     args = [a for a in tiny_args if not a.startswith(('--out_dir', '--n_'))]
-    code, out, err = program(lambda: train_mla.main(GPT_MLA), *args, f'--out_dir={out_dir}', '--init_from=resume')
+    code, out, err = program(lambda: train_mla.main(GPT_MLA), *args, f'--out_dir={out_dir}',
+                             '--init_from=resume')
     assert code == 0, err
     assert 'note: the checkpoint has no optimizer state: it starts fresh, at iteration 0' in out
     assert 'step      0 ' in out and 'step      6 ' in out
@@ -136,9 +148,13 @@ def test_program_reports_saves_and_training_goes_on(tiny_args, data_dir, tmp_pat
 
 def test_smaller_latents_and_no_text(tmp_path, program):
     save(tmp_path / 'ckpt.pt', trained_like())  # of openwebtext, which is not here
-    code, out, err = program(convert_mla.main, tmp_path / 'ckpt.pt', f'--out_dir={tmp_path / "mla"}', '--device=cpu')
+    args = [tmp_path / 'ckpt.pt', f'--out_dir={tmp_path / "mla"}', '--device=cpu']
+    code, out, err = program(convert_mla.main, *args)
     assert code == 0 and 'of the weights alone, no text' in out and 'no val loss' in out, err
-    assert load_model(tmp_path / 'mla')[0].config.n_latent == 8
+    assert load_model(tmp_path / 'mla').model.config.n_latent == 8
+    for number, source in enumerate((f'--model={tmp_path / "ckpt.pt"}', tmp_path)):
+        args = (source, f'--out_dir={tmp_path / str(number)}', '--device=cpu')
+        assert program(convert_mla.main, *args)[1].splitlines()[:-1] == out.splitlines()[:-1]
 
 
 def test_bad_input_writes_nothing(tmp_path, data_dir, program):
@@ -147,29 +163,38 @@ def test_bad_input_writes_nothing(tmp_path, data_dir, program):
     save(tmp_path / 'ckpt_mla.pt', tiny_model(GPT_MLA))
     before = sorted(tmp_path.rglob('*'))
     new = f'--out_dir={tmp_path / "new"}'
-    for args, words in (((), 'no checkpoint was given'), (('--n_latent=4',), 'no checkpoint was given'),
-                        ((tmp_path / 'no.pt', new), 'there is no checkpoint'), ((tmp_path / 'ckpt_mla.pt', new), 'only a GPT'),
-                        ((tmp_path / 'ckpt.pt', new, '--n_latent=17'), 'n_latent=17 must be at most n_embd=16'),
-                        ((tmp_path / 'ckpt.pt', new, '--n_latent=0'), 'n_latent=0'),
-                        ((tmp_path / 'ckpt.pt', new, '--dataset=nothing'), 'no folder'),
-                        ((tmp_path / 'gpt2.pt', new, f'--dataset={data_dir}'), 'another vocabulary'),
-                        ((tmp_path / 'ckpt.pt', new, '--latent=3'), 'did you mean n_latent?'),
-                        ((tmp_path / 'ckpt.pt', f'--out_dir={tmp_path}'), 'has a ckpt_mla.pt already')):
+    gpt = tmp_path / 'ckpt.pt'
+    for args, words in (((), 'no checkpoint was given'),
+                        (('--n_latent=4',), 'no checkpoint was given'),
+                        ((tmp_path / 'no.pt', new), 'there is no checkpoint'),
+                        ((tmp_path / 'ckpt_mla.pt', new), 'only a GPT'),
+                        ((gpt, new, '--n_latent=17'), 'n_latent=17 must be at most n_embd=16'),
+                        ((gpt, new, '--n_latent=0'), 'n_latent=0'),
+                        ((gpt, new, '--dataset=nothing'), 'no folder'),
+                        ((tmp_path / 'gpt2.pt', new, f'--dataset={data_dir}'),
+                         'another vocabulary'),
+                        ((gpt, new, '--latent=3'), 'did you mean n_latent?'),
+                        ((gpt, f'--out_dir={tmp_path}'), 'has a ckpt_mla.pt already')):
         code, out, err = program(convert_mla.main, *args)
         assert code == 2 and words in err and err.count('\n') == 1, err
     assert sorted(tmp_path.rglob('*')) == before
 
 
 def test_the_reported_errors_are_those_of_the_layers(tmp_path, program):
-    """Against the weights of both models, in float64, without calibration; the checkpoint may stand anywhere in the line."""
+    """Against the weights of both models, in float64, without calibration. The checkpoint may stand
+    anywhere in the line."""
     model = tiny_model(GPT, n_layer=2)
     save(tmp_path / 'ckpt.pt', model)
-    code, out, err = program(convert_mla.main, '--n_latent=4', tmp_path / 'ckpt.pt', f'--out_dir={tmp_path / "mla"}', '--device=cpu')
+    code, out, err = program(convert_mla.main, '--n_latent=4', tmp_path / 'ckpt.pt',
+                             f'--out_dir={tmp_path / "mla"}', '--device=cpu')
     assert code == 0, err
-    mla = load_model(tmp_path / 'mla')[0]
+    mla = load_model(tmp_path / 'mla').model
     for i, (ours, theirs) in enumerate(zip(mla.transformer.h, model.transformer.h)):
         W = theirs.attn.c_attn.weight.double()[16:]
-        DE = torch.cat((ours.attn.key.weight, ours.attn.value.weight)).double() @ ours.attn.latent_enc.weight.double()
-        wanted = [((W - DE)[part].norm() / W[part].norm()).item() for part in (slice(0, 16), slice(16, None), slice(None))]
+        D = torch.cat((ours.attn.key.weight, ours.attn.value.weight)).double()
+        lost = W - D @ ours.attn.latent_enc.weight.double()
+        wanted = [(lost[part].norm() / W[part].norm()).item()
+                  for part in (slice(0, 16), slice(16, None), slice(None))]
         row = next(line for line in out.splitlines() if line.split()[:1] == [str(i)])
-        assert [float(x) for x in row.split()[1:]] == pytest.approx(wanted, abs=6e-5) and min(wanted) > 0.1
+        assert [float(x) for x in row.split()[1:]] == pytest.approx(wanted, abs=6e-5)
+        assert min(wanted) > 0.1

@@ -1,6 +1,8 @@
 import json
 import math
 
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,20 @@ from test_checkpoint import save
 
 import evaluate
 import export_huggingface
-from configurator import UserError
-from runtime.tokenizer import gpt2_encoding, make_tokenizer
-from runtime.dataset import open_data, write_splits
-from evaluate import RUNS, Question, ending_losses, question_scores, ratio, split_loss, text_scores, token_losses, wilson
+from evaluate import (
+    RUNS,
+    Question,
+    ending_losses,
+    question_scores,
+    ratio,
+    split_loss,
+    text_scores,
+    token_losses,
+    wilson,
+)
 from model import GPT
+from runtime.dataset import open_data, write_splits
+from runtime.tokenizer import gpt2_encoding, make_tokenizer
 
 RIGHT = {'ctx': 'abc', 'endings': ['de', 'fgh', 'a', 'lk'], 'label': 1}
 
@@ -32,30 +43,35 @@ def call(tmp_path, data_dir, program):
 
 
 def write_questions(path, *rows):
-    path.write_text('\n'.join(row if isinstance(row, str) else json.dumps(row) for row in rows) + '\n', encoding='utf-8')
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     return f'--hellaswag={path}'
 
 
 def by_hand(model, ids):
-    """The log-probability of each token of ids after the first, by head 1 in float64, one pass for each token."""
+    """The log-probability of each token of ids after the first, by head 1 in float64, one pass for
+    each token."""
     double = type(model)(model.config)
     double.load_state_dict(model.state_dict())
     double = double.double().eval()
     with torch.no_grad():
-        return [double.next_logits(torch.tensor([ids[:i]])).log_softmax(-1)[0, ids[i]].item() for i in range(1, len(ids))]
+        return [double.next_logits(torch.tensor([ids[:i]])).log_softmax(-1)[0, ids[i]].item()
+                for i in range(1, len(ids))]
 
 
 @ALL
 @pytest.mark.parametrize('max_tokens', [0, 2, 16, 17, 18, 33])
 def test_loss_against_a_loop_in_float64(model_class, max_tokens, call, data_dir):
     model, tokens = tiny_model(model_class), open_data(data_dir).val.tolist()[:max_tokens or None]
-    expected = -sum(sum(by_hand(model, tokens[i:i + 17])) for i in range(0, len(tokens) - 1, 16)) / (len(tokens) - 1)
+    n = len(tokens) - 1
+    expected = -sum(sum(by_hand(model, tokens[i:i + 17])) for i in range(0, n, 16)) / n
     code, out, err = call('--json', f'--max_tokens={max_tokens}', '--batch_size=3', model=model)
     result = json.loads(out)
-    assert code == 0 and result['tokens'] == len(tokens) - 1 and result['windows'] == -(-(len(tokens) - 1) // 16), err
+    assert code == 0 and result['tokens'] == n and result['windows'] == -(-n // 16), err
     assert result['loss'] == pytest.approx(expected, abs=1e-6)
     assert result['perplexity'] == pytest.approx(math.exp(expected), rel=1e-6)
-    assert result['bits_per_byte'] == pytest.approx(expected / math.log(2), rel=1e-6)  # a byte for each character
+    # a byte for each character
+    assert result['bits_per_byte'] == pytest.approx(expected / math.log(2), rel=1e-6)
     assert split_loss(model, np.array(tokens, dtype=np.uint16)) == pytest.approx(expected, abs=1e-6)
 
 
@@ -65,11 +81,14 @@ def test_logits_in_parts_and_targets_left_out(rows, monkeypatch):
     idx, targets = torch.randint(14, (3, 16)), torch.randint(14, (3, 16))
     targets[0, :9] = targets[2, 4] = -1
     monkeypatch.setattr(evaluate, 'LOGIT_ROWS', rows)
-    model.lm_head.register_forward_hook(lambda module, args, y: most.append(y.numel() // y.size(-1)))
+    model.lm_head.register_forward_hook(
+        lambda module, args, y: most.append(y.numel() // y.size(-1)))
     losses = token_losses(model, idx, targets)
     with torch.no_grad():
-        expected = -model(idx, targets)[0].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    torch.testing.assert_close(losses, expected.masked_fill(targets == -1, 0).double(), atol=1e-5, rtol=0)
+        logits = model(idx, targets)[0]
+    expected = -logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    expected = expected.masked_fill(targets == -1, 0).double()
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
     assert max(most[:-1]) == min(rows, 38) and losses.dtype == torch.float64
 
 
@@ -82,7 +101,8 @@ def test_a_model_of_transformers(tmp_path, data_dir, program):
     folder = tmp_path / 'bpe'
     folder.mkdir()
     write_splits(folder, ids, ids)
-    code, out, err = program(evaluate.main, f'--model={tmp_path / "hf"}', f'--dataset={folder}', '--json', '--device=cpu')
+    code, out, err = program(evaluate.main, f'--model={tmp_path / "hf"}', f'--dataset={folder}',
+                             '--json', '--device=cpu')
     result, nats = json.loads(out), 0.0
     assert code == 0, err
     for i in range(0, len(ids) - 1, 16):
@@ -92,7 +112,8 @@ def test_a_model_of_transformers(tmp_path, data_dir, program):
         nats += torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction='sum').item()
     n_bytes = len(text.encode()) - len(gpt2_encoding().decode_single_token_bytes(ids[0]))
     assert result['loss'] == pytest.approx(nats / (len(ids) - 1), abs=1e-5)
-    assert result['bytes'] == n_bytes and n_bytes > len(text) + 20  # characters of several bytes, cut into several tokens
+    # characters of several bytes, cut into several tokens
+    assert result['bytes'] == n_bytes and n_bytes > len(text) + 20
     assert result['bits_per_byte'] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
@@ -101,7 +122,8 @@ def test_ends_of_documents_are_no_text():
     tokens = np.array((gpt2_encoding().encode(text) + [50256]) * 9)
     scores = text_scores(model, tokens, make_tokenizer('gpt2'), torch.float32, 2)
     assert scores['bytes'] == 9 * len(text) - len('To')
-    assert scores['bits_per_byte'] == pytest.approx(scores['loss'] * (len(tokens) - 1) / math.log(2) / scores['bytes'])
+    bits = scores['loss'] * (len(tokens) - 1) / math.log(2)
+    assert scores['bits_per_byte'] == pytest.approx(bits / scores['bytes'])
     with pytest.raises(UserError, match='ends of documents alone'):
         text_scores(model, np.array([50256] * 9), make_tokenizer('gpt2'), torch.float32, 2)
 
@@ -113,17 +135,21 @@ def test_bits_per_byte_of_characters_that_are_longer_than_a_byte():
     scores = text_scores(model, tokens, make_tokenizer(chars), torch.float32, 2)
     text = ''.join(chars[i] for i in tokens[1:])
     assert scores['bytes'] == len(text.encode()) == 6 * 22 - 4
-    assert scores['bits_per_byte'] == pytest.approx(split_loss(model, tokens) * 47 / math.log(2) / len(text.encode()), rel=1e-9)
-    nats, sizes = zip(*((split_loss(model, tokens[i:i + 17]) * len(tokens[i + 1:i + 17]), text[i:i + 16]) for i in (0, 16, 32)))
-    sizes = np.array([len(part.encode()) for part in sizes])
-    assert scores['bits_per_byte_interval'] == pytest.approx(hand_interval(np.array(nats) / math.log(2), sizes), rel=1e-6)
+    bits = split_loss(model, tokens) * 47 / math.log(2)
+    assert scores['bits_per_byte'] == pytest.approx(bits / len(text.encode()), rel=1e-9)
+    n_tokens = np.array([16, 16, 15])
+    nats = n_tokens * [split_loss(model, tokens[i:i + 17]) for i in (0, 16, 32)]
+    n_bytes = np.array([len(text[i:i + 16].encode()) for i in (0, 16, 32)])
+    expected = hand_interval(nats / math.log(2), n_bytes)
+    assert scores['bits_per_byte_interval'] == pytest.approx(expected, rel=1e-6)
     low, high = scores['loss_interval']
-    assert [low, high] == pytest.approx(hand_interval(np.array(nats), np.array([16, 16, 15])), rel=1e-6)
+    assert [low, high] == pytest.approx(hand_interval(nats, n_tokens), rel=1e-6)
     assert scores['perplexity_interval'] == pytest.approx([math.exp(low), math.exp(high)])
 
 
 def hand_interval(totals, sizes):
-    """The ratio estimator's interval: the mean of the residuals' squares over the mean size, as a textbook has it."""
+    """The ratio estimator's interval: the mean of the residuals' squares over the mean size, as a
+    textbook has it."""
     n, value = len(totals), totals.sum() / sizes.sum()
     error = np.std(totals - value * sizes, ddof=1) / math.sqrt(n) / sizes.mean()
     return [value - stats.t.ppf(0.975, n - 1) * error, value + stats.t.ppf(0.975, n - 1) * error]
@@ -141,7 +167,8 @@ def test_windows_of_one_size_have_the_interval_of_a_mean():
     assert ratio(np.array([5.0]), np.array([2]))[1] is None
 
 
-@pytest.mark.parametrize('memory, n', [(0, 5), (0, 100), (0.8, 2000)])  # with memory, a window resembles the one before
+# with memory, a window resembles the one before
+@pytest.mark.parametrize('memory, n', [(0, 5), (0, 100), (0.8, 2000)])
 def test_nineteen_of_twenty_intervals_hold_the_truth(memory, n):
     rng, hits = np.random.default_rng(1), 0
     for _ in range(500):
@@ -159,17 +186,20 @@ def test_wilson_against_scipy():
     for right, n in ((0, 1), (1, 1), (0, 10), (3, 10), (10, 10), (2500, 10_042)):
         share, interval = wilson(right, n)
         expected = stats.binomtest(right, n).proportion_ci(method='wilson')
-        assert share == right / n and interval == pytest.approx([expected.low, expected.high], abs=1e-6)
+        assert share == right / n
+        assert interval == pytest.approx([expected.low, expected.high], abs=1e-6)
 
 
 @ALL
 @pytest.mark.parametrize('batch_size', [1, 64])
 def test_log_probabilities_of_endings_by_hand(model_class, batch_size):
-    """Every ending alone and unpadded, token after token in float64; contexts and endings of many lengths, some too long."""
+    """Every ending alone and unpadded, token after token in float64. Contexts and endings have many
+    lengths, and some are too long."""
     model, rng = tiny_model(model_class), np.random.default_rng(0)
-    questions = [Question(rng.integers(14, size=n).tolist(), [rng.integers(14, size=m).tolist() for m in sizes],
-                          np.array(sizes), 0)
-                 for n, sizes in ((1, (1, 2)), (5, (3, 15, 1)), (12, (4, 5)), (40, (15, 1, 7, 7)), (16, (1, 1)))]
+    questions = [Question(rng.integers(14, size=n).tolist(),
+                          [rng.integers(14, size=m).tolist() for m in sizes], np.array(sizes), 0)
+                 for n, sizes in ((1, (1, 2)), (5, (3, 15, 1)), (12, (4, 5)), (40, (15, 1, 7, 7)),
+                                  (16, (1, 1)))]
     found = ending_losses(model, questions, torch.float32, batch_size)
     assert [len(losses) for losses in found] == [2, 3, 2, 4, 2]
     for question, losses in zip(questions, found):
@@ -181,16 +211,20 @@ def test_log_probabilities_of_endings_by_hand(model_class, batch_size):
 def test_a_batch_of_endings_has_no_more_tokens_than_one_of_windows():
     model, sizes = tiny_model(GPT), []
     model.transformer.wte.register_forward_hook(lambda module, args, y: sizes.append(args[0].shape))
-    questions = [Question([1] * n, [[2], [3, 4]], np.array([1, 2]), 0) for n in (1, 30, 2, 9, 3, 30, 1, 1)]
+    questions = [Question([1] * n, [[2], [3, 4]], np.array([1, 2]), 0)
+                 for n in (1, 30, 2, 9, 3, 30, 1, 1)]
     ending_losses(model, questions, torch.float32, 2)
-    assert sum(B for B, _ in sizes) == 16 and max(B * T for B, T in sizes) <= 2 * 16 and max(B for B, _ in sizes) > 4
+    assert sum(B for B, _ in sizes) == 16 and max(B for B, _ in sizes) > 4
+    assert max(B * T for B, T in sizes) <= 2 * 16
 
 
 @ALL
 def test_a_long_context_is_read_from_its_end(model_class):
-    model, context, endings = tiny_model(model_class), [i % 14 for i in range(60)], [[3, 4, 5], [9, 1, 0]]
-    losses = [ending_losses(model, [Question(ids, endings, np.array([3, 3]), 0)], torch.float32, 8)[0]
-              for ids in (context, context[-14:], context[-13:])]
+    model, context = tiny_model(model_class), [i % 14 for i in range(60)]
+    losses = []
+    for ids in (context, context[-14:], context[-13:]):
+        question = Question(ids, [[3, 4, 5], [9, 1, 0]], np.array([3, 3]), 0)
+        losses += ending_losses(model, [question], torch.float32, 8)
     np.testing.assert_array_equal(losses[0], losses[1])
     assert np.abs(losses[1] - losses[2]).max() > 1e-4
 
@@ -202,7 +236,8 @@ def test_accuracies_from_log_probabilities(model_class, call, tmp_path):
     rng = np.random.default_rng(0)
     for _ in range(20):
         rows.append({'ctx': ''.join(rng.choice(CHARS, size=5)), 'label': int(rng.integers(3)),
-                     'endings': [''.join(rng.choice(CHARS[1:], size=n)) for n in rng.integers(1, 7, size=3)]})
+                     'endings': [''.join(rng.choice(CHARS[1:], size=n))
+                                 for n in rng.integers(1, 7, size=3)]})
     right, right_norm = 0, 0
     for row in rows:
         context, scores = tokenizer.encode(row['ctx']), []
@@ -210,26 +245,31 @@ def test_accuracies_from_log_probabilities(model_class, call, tmp_path):
             ids = tokenizer.encode(' ' + ending)
             scores.append(sum(by_hand(model, context + ids)[-len(ids):]))
         right += int(np.argmax(scores)) == row['label']
-        right_norm += int(np.argmax([s / len(end) for s, end in zip(scores, row['endings'])])) == row['label']
+        by_length = [s / len(end) for s, end in zip(scores, row['endings'])]
+        right_norm += int(np.argmax(by_length)) == row['label']
     assert right != right_norm
     code, out, err = call('--json', write_questions(tmp_path / 'q.jsonl', *rows), model=model)
     result = json.loads(out)['hellaswag']
     assert code == 0 and result['questions'] == 20 and result['chance'] == pytest.approx(1 / 3), err
     assert (result['acc'], result['acc_norm']) == (right / 20, right_norm / 20)
-    assert result['acc_interval'] == wilson(right, 20)[1] and result['acc_norm_interval'] == wilson(right_norm, 20)[1]
-    part = json.loads(call('--json', write_questions(tmp_path / 'q.jsonl', *rows), '--max_questions=7', model=model)[1])
+    assert result['acc_interval'] == wilson(right, 20)[1]
+    assert result['acc_norm_interval'] == wilson(right_norm, 20)[1]
+    questions = write_questions(tmp_path / 'q.jsonl', *rows)
+    part = json.loads(call('--json', questions, '--max_questions=7', model=model)[1])
     assert part['hellaswag']['questions'] == 7
 
 
 def alphabet_model():
-    """Each character of abc...l is followed by the next one, nearly surely: the blocks add nothing."""
+    """Each character of abc...l is followed by the next one, nearly surely. The blocks add
+    nothing."""
     model = tiny_model(GPT, n_embd=32, n_layer=1)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(('c_proj.weight', 'c_proj.bias', 'wpe.weight')):
                 p.zero_()
         wte = torch.linalg.qr(torch.randn(32, 14)).Q.T  # orthonormal rows
-        model.lm_head.weight = torch.nn.Parameter(10 * wte.roll(1, dims=0))  # untied: row i + 1 answers to token i
+        # untied: row i + 1 answers to token i
+        model.lm_head.weight = torch.nn.Parameter(10 * wte.roll(1, dims=0))
         model.transformer.wte.weight = torch.nn.Parameter(wte)
     return model
 
@@ -237,9 +277,11 @@ def alphabet_model():
 def test_answers_known_by_construction(tmp_path):
     model, tokenizer = alphabet_model(), make_tokenizer(CHARS)
     assert CHARS[:3] == ['\n', ' ', 'a']  # so that a follows the space before each ending
-    rows = [{'ctx': 'ab', 'endings': ['cde', 'abc', 'bcd'], 'label': 1}, {'ctx': 'ab', 'endings': ['abc', 'lkj'], 'label': '0'},
+    rows = [{'ctx': 'ab', 'endings': ['cde', 'abc', 'bcd'], 'label': 1},
+            {'ctx': 'ab', 'endings': ['abc', 'lkj'], 'label': '0'},
             {'ctx_a': 'ab', 'ctx_b': 'cd', 'endings': ['ca', 'ab'], 'label': '1'},
-            {'ctx_a': 'a', 'ctx_b': '', 'endings': ['a', 'c'], 'label': 1}]  # the model takes the other one
+            # the model takes the other one
+            {'ctx_a': 'a', 'ctx_b': '', 'endings': ['a', 'c'], 'label': 1}]
     path = tmp_path / 'q.jsonl'
     write_questions(path, *rows, '')
     questions = evaluate.read_questions(path, 0, model, tokenizer)
@@ -251,8 +293,8 @@ def test_answers_known_by_construction(tmp_path):
 
 
 def test_length_decides_between_the_two_accuracies():
-    """A model to which all tokens are equal: the ending of the fewest tokens is the likeliest, and per byte the one of the
-    fewest tokens for its bytes."""
+    """A model to which all tokens are equal: the ending of the fewest tokens is the likeliest, and
+    per byte the one of the fewest tokens for its bytes."""
     model = tiny_model(GPT)
     model.lm_head.weight.data.zero_()
     question = Question([1], [[2], [2, 3, 4]], np.array([1, 9]), 1)
@@ -262,7 +304,8 @@ def test_length_decides_between_the_two_accuracies():
 
 def test_byte_pairs_and_bytes_of_endings(tmp_path):
     model, tokenizer = tiny_model(GPT, vocab_size=50304), make_tokenizer('gpt2')
-    write_questions(tmp_path / 'q.jsonl', {'ctx': 'A man sits', 'endings': ['on a café.', '東京 🙂'], 'label': 0})
+    write_questions(tmp_path / 'q.jsonl',
+                    {'ctx': 'A man sits', 'endings': ['on a café.', '東京 🙂'], 'label': 0})
     question, = evaluate.read_questions(tmp_path / 'q.jsonl', 0, model, tokenizer)
     assert question.n_bytes.tolist() == [11, 11]
     assert question.context == gpt2_encoding().encode('A man sits')
@@ -274,34 +317,41 @@ def change(**keys):
 
 
 @pytest.mark.parametrize('row, words', [
-    (change(ctx=...), 'line 2 has no text ctx, nor ctx_a and ctx_b'), (change(ctx=''), 'line 2 has no text ctx'),
-    (change(ctx=7), 'line 2 has no text ctx'), (change(ctx=..., ctx_a='a'), 'line 2 has no text ctx'),
+    (change(ctx=...), 'line 2 has no text ctx, nor ctx_a and ctx_b'),
+    (change(ctx=''), 'line 2 has no text ctx'), (change(ctx=7), 'line 2 has no text ctx'),
+    (change(ctx=..., ctx_a='a'), 'line 2 has no text ctx'),
     (change(endings=...), 'line 2: endings must be a list of two texts or more'),
     (change(endings=['a']), 'line 2: endings must be'),
-    (change(endings=['a', '']), 'none of them empty'), (change(endings='ab'), 'line 2: endings must be'),
+    (change(endings=['a', '']), 'none of them empty'),
+    (change(endings='ab'), 'line 2: endings must be'),
     (change(endings=['a', 1]), 'line 2: endings must be'),
     (change(label=...), 'line 2: label=None must be a number from 0 to 3'),
     (change(label=4), 'line 2: label=4 must be'), (change(label=-1), 'line 2: label=-1'),
     (change(label='4'), "line 2: label='4'"),
     (change(label=''), "line 2: label='' must be"), (change(label=True), 'line 2: label=True'),
     (change(label=1.0), 'line 2: label=1.0'),
-    (change(label='9' * 5000), 'line 2: label='), ('{"ctx": "a"', 'line 2 is not JSON'), ('[1, 2]', 'line 2 has no text ctx'),
-    ('[' * 100_000, 'line 2 is not JSON'),
-    (change(ctx='abXé'), "line 2: the text has 'X', 'é', which the model's vocabulary of 14 characters lacks"),
-    (change(endings=['a' * 15, 'b']), 'line 2 has an ending of 16 tokens, the model can take block_size - 1 = 15')])
+    (change(label='9' * 5000), 'line 2: label='), ('{"ctx": "a"', 'line 2 is not JSON'),
+    ('[1, 2]', 'line 2 has no text ctx'), ('[' * 100_000, 'line 2 is not JSON'),
+    (change(ctx='abXé'), "line 2: the text has 'X', 'é', which the model's vocabulary of 14 "
+                         "characters lacks"),
+    (change(endings=['a' * 15, 'b']), 'line 2 has an ending of 16 tokens, the model can take '
+                                      'block_size - 1 = 15')])
 def test_wrong_questions(row, words, call, tmp_path):
-    code, out, err = call(write_questions(tmp_path / 'q.jsonl', RIGHT, row))
-    assert code == 2 and out == '' and words in err and err.startswith('error: ') and err.count('\n') == 1
-    assert call(write_questions(tmp_path / 'q.jsonl', RIGHT, row), '--max_questions=1')[0] == 0  # which does not get there
+    questions = write_questions(tmp_path / 'q.jsonl', RIGHT, row)
+    code, out, err = call(questions)
+    assert code == 2 and out == '' and words in err
+    assert err.startswith('error: ') and err.count('\n') == 1
+    assert call(questions, '--max_questions=1')[0] == 0  # which does not get there
 
 
 def test_wrong_files(call, tmp_path):
     (tmp_path / 'empty.jsonl').write_text('\n\n')
     (tmp_path / 'latin.jsonl').write_bytes(b'\xff\xfe')
-    for name, words in (('nothing.jsonl', 'cannot be read'), ('empty.jsonl', 'is empty'), ('latin.jsonl', 'cannot be read'),
-                        ('data', 'cannot be read')):
+    for name, words in (('nothing.jsonl', 'cannot be read'), ('empty.jsonl', 'is empty'),
+                        ('latin.jsonl', 'cannot be read'), ('data', 'cannot be read')):
         code, out, err = call(f'--hellaswag={tmp_path / name}')
-        assert code == 2 and out == '' and words in err and err.startswith('error: hellaswag=') and err.count('\n') == 1
+        assert code == 2 and out == '' and words in err
+        assert err.startswith('error: hellaswag=') and err.count('\n') == 1
 
 
 def test_the_longest_ending_that_fits(call, tmp_path):
@@ -319,8 +369,9 @@ def test_data_of_another_vocabulary(call, tmp_path, data_dir):
     (tmp_path / 'short').mkdir()
     write_splits(tmp_path / 'short', [0] * 99, [0], CHARS)
     write_splits(data_dir, [0] * 99, [0, 13, 14] * 20, CHARS)
-    for name, words in (('other', 'has another vocabulary than the model'), ('bpe', 'has another vocabulary'),
-                        ('nothing', 'no folder'), ('data', 'token id 14, which vocab_size=14 does not allow'),
+    for name, words in (('other', 'has another vocabulary than the model'),
+                        ('bpe', 'has another vocabulary'), ('nothing', 'no folder'),
+                        ('data', 'token id 14, which vocab_size=14 does not allow'),
                         ('short', 'has one token')):
         code, out, err = call(f'--dataset={tmp_path / name}')
         assert code == 2 and out == '' and words in err and err.count('\n') == 1
@@ -337,9 +388,12 @@ def test_the_data_that_the_checkpoint_names(data_dir, tmp_path, program):
     checkpoint = torch.load(path, weights_only=True)
     for dataset in (str(data_dir), ''):
         torch.save(checkpoint | {'config': {'dataset': dataset}}, path)
-        code, out, err = program(evaluate.main, f'--model={path}', '--device=cpu', '--json', questions)
+        args = ['--device=cpu', '--json', questions]
+        code, out, err = program(evaluate.main, f'--model={path}', *args)
         result = json.loads(out)
-        assert code == 0 and result['settings']['dataset'] == dataset and ('loss' in result) == bool(dataset)
+        assert code == 0 and result['settings']['dataset'] == dataset
+        assert ('loss' in result) == bool(dataset)
+        assert program(evaluate.main, *args, path)[1] == out
         assert result['hellaswag']['questions'] == 1
     code, out, err = program(evaluate.main, f'--model={path}', '--device=cpu')
     assert code == 2 and 'does not name the data of its training' in err and err.count('\n') == 1
@@ -358,12 +412,15 @@ def test_a_loss_that_is_no_number(call, tmp_path):
 
 
 def test_the_table_and_the_object(call, tmp_path):
-    args = [write_questions(tmp_path / 'q.jsonl', RIGHT, change(label='2')), '--split=train', '--dtype=bfloat16']
+    args = [write_questions(tmp_path / 'q.jsonl', RIGHT, change(label='2')), '--split=train',
+            '--dtype=bfloat16']
     code, table, err = call(*args)
     assert code == 0 and err == ''
     result = json.loads(call(*args, '--json')[1])
-    assert result['settings']['split'] == 'train' and result['settings']['dtype'] == 'bfloat16' and result['tokens'] == 3999
-    assert table.startswith('GPT: 2 layers') and '3,999 tokens predicted, 3,999 bytes, windows of 16: 250' in table
+    settings = result['settings']
+    assert settings['split'] == 'train' and settings['dtype'] == 'bfloat16'
+    assert result['tokens'] == 3999 and table.startswith('GPT: 2 layers')
+    assert '3,999 tokens predicted, 3,999 bytes, windows of 16: 250' in table
     assert '2 questions, of which guessing gets 25.0%' in table
     lines = {line[:18].strip(): line for line in table.splitlines()[4:]}
     for title, key, form in (('loss', 'loss', '{:.4f}'), ('perplexity', 'perplexity', '{:.3f}'),
@@ -380,10 +437,13 @@ def test_the_table_and_the_object(call, tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--max_tokens=1'], 'max_tokens=1 leaves nothing'), (['--max_tokens=-1'], 'max_tokens=-1 must be at least 0'),
+    (['--max_tokens=1'], 'max_tokens=1 leaves nothing'),
+    (['--max_tokens=-1'], 'max_tokens=-1 must be at least 0'),
     (['--max_questions=-1'], 'max_questions=-1'), (['--batch_size=0'], 'batch_size=0'),
     (['--split=test'], 'must be train or val'), (['--device=tpu'], "device='tpu'"),
-    (['--hellasvag=x'], 'did you mean hellaswag?'), (['--model=nothing'], 'there is no checkpoint')])
+    (['--hellasvag=x'], 'did you mean hellaswag?'),
+    (['--model=nothing'], 'there is no checkpoint')])
 def test_bad_input(args, words, call):
     code, out, err = call(*args)
-    assert code == 2 and out == '' and words in err and err.startswith('error: ') and err.count('\n') == 1
+    assert code == 2 and out == '' and words in err
+    assert err.startswith('error: ') and err.count('\n') == 1

@@ -1,4 +1,5 @@
-"""A run loses nothing: killed, stopped, on a full disk, with damaged files, it ends as one that nothing happened to."""
+"""A run loses nothing: killed, stopped, on a full disk, with damaged files, it ends as one that
+nothing happened to."""
 
 import io
 import json
@@ -32,7 +33,7 @@ from runtime.resume import newest_sound
 from runtime.tokenizer import make_tokenizer
 
 GPT2 = make_tokenizer('gpt2')
-FORK = multiprocessing.get_context('fork')  # a child is a copy of this process, and needs no second to import torch
+FORK = multiprocessing.get_context('fork')  # such a child has torch imported already
 
 
 def start(args, model_class=GPT, before=None):
@@ -76,7 +77,8 @@ def assert_same_end(one, other):
 
 @pytest.fixture
 def args(tiny_args):
-    return [*tiny_args, '--dropout=0.1', '--max_iters=8', '--eval_interval=2', '--eval_iters=2', '--init_from=auto']
+    return [*tiny_args, '--dropout=0.1', '--max_iters=8', '--eval_interval=2', '--eval_iters=2',
+            '--init_from=auto']
 
 
 def slow_saves():
@@ -177,24 +179,30 @@ def test_a_second_signal_ends_it_at_once(args, tmp_path):
 
 
 def test_the_best_and_the_newest_are_both_kept(args, tmp_path):
-    """From iteration 4 on the loss rises, so ckpt.pt stays the best; a resume goes on from ckpt_last.pt and costs neither."""
+    """From iteration 4 on the loss rises, so ckpt.pt stays the best. A resume goes on from
+    ckpt_last.pt and costs neither."""
     args = [*args, '--always_save_checkpoint=False', '--decay_lr=False']
     for name, stops in (('whole', [12]), ('half', [8, 12])):
-        assert finish([*args, f'--out_dir={tmp_path / name}', '--max_iters=4'])[0] == 0
-        before = (tmp_path / name / 'ckpt.pt').read_bytes()
+        out = tmp_path / name
+        options = [*args, f'--out_dir={out}']
+        assert finish([*options, '--max_iters=4'])[0] == 0
+        before = (out / 'ckpt.pt').read_bytes()
         for stop in stops:
-            assert finish([*args, f'--out_dir={tmp_path / name}', '--learning_rate=3', f'--max_iters={stop}'])[0] == 0
-            assert (tmp_path / name / 'ckpt.pt').read_bytes() == before
-            state = torch.load(tmp_path / name / 'ckpt_last.pt', weights_only=True)
-            assert state['iter_num'] == stop and state['best_val_loss'] == end_state(tmp_path / name)[0]['best_val_loss']
+            assert finish([*options, '--learning_rate=3', f'--max_iters={stop}'])[0] == 0
+            assert (out / 'ckpt.pt').read_bytes() == before
+            state = torch.load(out / 'ckpt_last.pt', weights_only=True)
+            assert state['iter_num'] == stop
+            assert state['best_val_loss'] == end_state(out)[0]['best_val_loss']
     assert_same_end(*(end_state(tmp_path / name, 'ckpt_last.pt') for name in ('half', 'whole')))
 
 
 def test_older_checkpoints_are_kept_as_many_as_asked_for(args, tmp_path):
     out = tmp_path / 'out'
     assert finish([*args, '--keep_checkpoints=3'])[0] == 0
-    assert sorted(p.name for p in out.glob('ckpt*')) == ['ckpt.pt', 'ckpt.pt.1', 'ckpt.pt.2']
-    assert [torch.load(out / name, weights_only=True)['iter_num'] for name in ('ckpt.pt', 'ckpt.pt.1', 'ckpt.pt.2')] == [8, 6, 4]
+    names = sorted(p.name for p in out.glob('ckpt*'))
+    assert names == ['ckpt.pt', 'ckpt.pt.1', 'ckpt.pt.2']
+    states = [torch.load(out / name, weights_only=True) for name in names]
+    assert [state['iter_num'] for state in states] == [8, 6, 4]
 
 
 def damage(path, how, seed=0):
@@ -241,26 +249,29 @@ def test_a_kill_on_the_way_back_from_a_damaged_checkpoint_costs_nothing(args, tm
 
 def test_a_new_run_sets_an_earlier_one_aside(args, tmp_path, program):
     out, new = tmp_path / 'out', ['--seed=2', '--max_iters=6']
-    assert finish([*args, '--keep_checkpoints=3', '--seed=1'])[0] == 0  # the earlier one, at iteration 8
+    assert finish([*args, '--keep_checkpoints=3', '--seed=1'])[0] == 0  # the earlier one
     earlier = {path.name: path.read_bytes() for path in out.iterdir() if path.name != '.lock'}
     assert finish([*args, *new, f'--out_dir={tmp_path / "whole"}'])[0] == 0
-    process = start([*args, *new, '--init_from=scratch'], before=lambda: slow_steps(0.1))
+    scratch = [*args, '--init_from=scratch']
+    process = start([*scratch, *new], before=lambda: slow_steps(0.1))
     wait_for(lambda: '"iter": 3, "loss"' in ''.join(rows(out)[:9]) and len(rows(out)) < 9)
     process.kill()
     process.join()
     assert {path.name: path.read_bytes() for path in (out / 'before-1').iterdir()} == earlier
     assert finish([*args, *new])[0] == 0  # the new one goes on
     assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
-    assert program(trainer.main, *args, '--init_from=scratch', '--max_iters=0')[0] == 0  # which would put nothing in its place
-    assert 'before-2 now' in program(trainer.main, *args, '--init_from=scratch', '--seed=3')[1]
+    # a run that would put nothing in its place
+    assert program(trainer.main, *scratch, '--max_iters=0')[0] == 0
+    assert 'before-2 now' in program(trainer.main, *scratch, '--seed=3')[1]
     assert_same_end((end_state(out / 'before-2')[0], []), (end_state(tmp_path / 'whole')[0], []))
     assert {path.name: path.read_bytes() for path in (out / 'before-1').iterdir()} == earlier
     (out / 'before-3').write_text('x')
     (out / 'before-4').mkdir()
-    assert 'before-5 now' in program(trainer.main, *args, '--init_from=scratch', '--seed=4')[1]
+    assert 'before-5 now' in program(trainer.main, *scratch, '--seed=4')[1]
 
 
-def test_a_run_that_comes_second_to_a_new_folder_writes_over_nothing(args, tmp_path, program, monkeypatch):
+def test_a_run_that_comes_second_to_a_new_folder_writes_over_nothing(args, tmp_path, program,
+                                                                     monkeypatch):
     """While it loaded, another began there and ended."""
     make_model, out = resume.make_model, tmp_path / 'out'
     monkeypatch.setattr(resume, 'make_model', lambda *a: (finish(args), make_model(*a))[1])
@@ -270,7 +281,7 @@ def test_a_run_that_comes_second_to_a_new_folder_writes_over_nothing(args, tmp_p
 
 
 def test_a_run_keeps_its_metrics_whatever_became_of_the_file(args, tmp_path):
-    """Another model's run in the same folder has its own checkpoint and writes the same metrics.jsonl."""
+    """Another model's run in the same folder has its own checkpoint and the same metrics.jsonl."""
     assert finish([*args, f'--out_dir={tmp_path / "whole"}'])[0] == 0
     assert finish([*args, '--max_iters=4'])[0] == 0
     assert finish([*args, '--max_iters=6'], GPT_MLA)[0] == 0
@@ -281,8 +292,10 @@ def test_a_run_keeps_its_metrics_whatever_became_of_the_file(args, tmp_path):
 def test_other_batches_on_a_resume_are_noted(args, data_dir, tmp_path, program):
     assert program(trainer.main, *args, '--max_iters=4')[0] == 0
     other = shutil.copytree(data_dir, tmp_path / 'other')
-    code, out, _ = program(trainer.main, *args, '--seed=5', '--batch_size=3', '--gradient_accumulation_steps=4', f'--dataset={other}')
-    for words in ('seed was 1337 and is 5', 'batch_size was 4 and is 3', 'gradient_accumulation_steps was 2 and is 4',
+    options = ['--seed=5', '--batch_size=3', '--gradient_accumulation_steps=4']
+    code, out, _ = program(trainer.main, *args, *options, f'--dataset={other}')
+    for words in ('seed was 1337 and is 5', 'batch_size was 4 and is 3',
+                  'gradient_accumulation_steps was 2 and is 4',
                   f'dataset was {data_dir} and is {other}'):
         assert code == 0 and f'note: {words} now' in out
 
@@ -297,13 +310,14 @@ def test_what_is_best_is_what_is_best_on_the_disk(args, tmp_path, program, monke
             raise OSError(f'{path} cannot be written: no space')
         save(path, *rest, **state)
     monkeypatch.setattr(saver, 'save_checkpoint', full_once)
-    losses = iter([3.0, 2.0, 2.5, 2.4, 2.6])
-    monkeypatch.setattr(GPT, 'losses', lambda self, x, y: (torch.full((1,), next(losses) if number.pop() else 9.0), torch.ones(1)))
-    number = [True, False] * 5  # validation, after training
+    losses = iter([9.0, 3.0, 9.0, 2.0, 9.0, 2.5, 9.0, 2.4, 9.0, 2.6])  # training, validation
+    monkeypatch.setattr(GPT, 'losses',
+                        lambda self, x, y: (torch.full((1,), next(losses)), torch.ones(1)))
     code, out, _ = program(trainer.main, *args, '--always_save_checkpoint=False', '--eval_iters=1')
     assert code == 0 and 'no space' in out
-    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['best_val_loss'] == pytest.approx(2.4)
-    last = torch.load(tmp_path / 'out' / 'ckpt_last.pt', weights_only=True)
+    best, last = (torch.load(tmp_path / 'out' / name, weights_only=True)
+                  for name in ('ckpt.pt', 'ckpt_last.pt'))
+    assert best['best_val_loss'] == pytest.approx(2.4)
     assert last['iter_num'] == 8 and last['best_val_loss'] == pytest.approx(2.4)
 
 
@@ -311,7 +325,7 @@ def test_what_is_best_is_what_is_best_on_the_disk(args, tmp_path, program, monke
 def test_when_the_best_is_damaged_the_next_best_takes_its_place(how, args, tmp_path, program):
     args = [*args, '--always_save_checkpoint=False', '--decay_lr=False']
     assert finish([*args, '--max_iters=4'])[0] == 0
-    assert finish([*args, '--learning_rate=3', '--max_iters=6'])[0] == 0  # from here on the loss rises
+    assert finish([*args, '--learning_rate=3', '--max_iters=6'])[0] == 0  # now the loss rises
     damage(tmp_path / 'out' / 'ckpt.pt', how, seed=3)
     process = start(args, before=lambda: slow_steps(0.2))
     wait_for((tmp_path / 'out' / 'ckpt.pt.damaged').exists)
@@ -323,13 +337,20 @@ def test_when_the_best_is_damaged_the_next_best_takes_its_place(how, args, tmp_p
 
 
 def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    calls = []
-    for name in ('fsync', 'replace'):
-        original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: (calls.append(
-            (name, os.path.basename(os.readlink(f'/proc/self/fd/{a[0]}') if name == 'fsync' else a[0]))), original(*a))[1])
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(fd):
+        calls.append(('fsync', os.path.basename(os.readlink(f'/proc/self/fd/{fd}'))))
+        fsync(fd)
+
+    def noted_replace(source, target):
+        calls.append(('replace', os.path.basename(source)))
+        replace(source, target)
+    monkeypatch.setattr(os, 'fsync', noted_fsync)
+    monkeypatch.setattr(os, 'replace', noted_replace)
     save_checkpoint(tmp_path / 'ckpt.pt', tiny_model(GPT), GPT2, {}, 0)
-    assert calls == [('fsync', 'ckpt.pt.partial'), ('replace', 'ckpt.pt.partial'), ('fsync', tmp_path.name)]
+    assert calls == [('fsync', 'ckpt.pt.partial'), ('replace', 'ckpt.pt.partial'),
+                     ('fsync', tmp_path.name)]
 
 
 def test_no_flipped_bit_goes_unseen(args, tmp_path):
@@ -365,9 +386,11 @@ def test_a_full_disk_stops_neither_the_run_nor_costs_the_old_file(args, tmp_path
     code, err = finish([*args, f'--out_dir={tmp_path / "new"}'], before=small_files)
     assert code == 2 and err.count('\n') == 1 and 'nothing of it is saved' in err
     code, err = finish(args, before=small_files)
-    assert code == 2 and err.count('\n') == 1 and 'newest checkpoint at 4' in err and 'make room and start it again' in err
+    assert code == 2 and err.count('\n') == 1
+    assert 'newest checkpoint at 4' in err and 'make room and start it again' in err
     assert (out / 'ckpt.pt').read_bytes() == before and not list(out.glob('*.partial'))
-    assert [row['iter'] for row in read_metrics(out) if 'val_loss' in row] == [0, 2, 4, 6, 8]  # it went on to the end
+    evaluated = [row['iter'] for row in read_metrics(out) if 'val_loss' in row]
+    assert evaluated == [0, 2, 4, 6, 8]  # it went on to the end
     assert finish(args)[0] == 0
     assert finish([*args, f'--out_dir={tmp_path / "whole"}'])[0] == 0
     assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
@@ -385,7 +408,8 @@ def test_a_full_disk_for_the_metrics(args, tmp_path, program, monkeypatch):
     monkeypatch.setattr(json, 'dumps', dumps)
     code, out, _ = program(trainer.main, *args)
     assert code == 0 and out.count('No space left on device') == 3
-    assert [row['iter'] for row in read_metrics(tmp_path / 'out') if 'loss' in row] == list(range(8))
+    steps = [row['iter'] for row in read_metrics(tmp_path / 'out') if 'loss' in row]
+    assert steps == list(range(8))
 
 
 def test_an_unwritable_folder(args, tmp_path, program):
@@ -402,9 +426,10 @@ def test_a_read_only_folder_is_refused_and_left_alone(args, tmp_path):
     if subprocess.run(['unshare', '--mount', 'true'], capture_output=True).returncode:
         pytest.skip('a mount needs rights that are missing here')
     mount = f'mount --bind "{out}" "{out}" && mount -o remount,bind,ro "{out}" && exec "$@"'
-    train = [sys.executable, 'train.py', *args]
-    done = subprocess.run(['unshare', '--mount', 'sh', '-c', mount, 'sh', *train], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'Read-only file system' in done.stderr
+    command = ['unshare', '--mount', 'sh', '-c', mount, 'sh', sys.executable, 'train.py', *args]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert 'Read-only file system' in done.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -413,7 +438,8 @@ def test_two_runs_in_one_folder_are_refused(args, tmp_path, program):
     process = start(args, before=lambda: slow_steps(0.2))
     wait_for(lambda: len(rows(out)) >= 1)
     code, _, err = program(trainer.main, *args)
-    assert code == 2 and err.count('\n') == 1 and 'is in use by another run' in err and f'process {process.pid}' in err
+    assert code == 2 and err.count('\n') == 1
+    assert 'is in use by another run' in err and f'process {process.pid}' in err
     process.kill()
     process.join()
     assert program(trainer.main, *args)[0] == 0  # a killed run locks nobody out
@@ -467,7 +493,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(args, tmp_path, program, 
         logits, loss = forward(self, idx, targets, cache)
         return logits, loss * float('nan') if self.training and next(steps) == 6 else loss
     monkeypatch.setattr(GPT, 'forward', broken)
-    code, _, err = program(trainer.main, *args, '--eval_interval=4', '--log_interval=100', '--gradient_accumulation_steps=1')
+    code, _, err = program(trainer.main, *args, '--eval_interval=4', '--log_interval=100',
+                           '--gradient_accumulation_steps=1')
     assert code == 2 and err.count('\n') == 1 and 'the loss is nan in step 6' in err
     assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
 
@@ -481,7 +508,8 @@ def test_a_loss_that_is_not_finite_is_not_saved_by_a_signal(args, tmp_path, prog
             os.kill(os.getpid(), signal.SIGTERM)
         return logits, loss * float('nan') if self.training else loss
     monkeypatch.setattr(GPT, 'forward', broken)
-    code, _, err = program(trainer.main, *args, '--log_interval=100', '--gradient_accumulation_steps=1')
+    code, _, err = program(trainer.main, *args, '--log_interval=100',
+                           '--gradient_accumulation_steps=1')
     assert code == 2 and err.count('error: ') == 1 and 'nan in step 0' in err
     assert not list((tmp_path / 'out').glob('ckpt*'))
 

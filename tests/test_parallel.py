@@ -3,14 +3,17 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import read_metrics
-from test_faults import assert_same_end, end_state, wait_for
+from test_faults import assert_same_end, end_state, start, wait_for
 from test_train import ROOT
 
 import train as trainer
@@ -26,11 +29,25 @@ TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 ENV = os.environ | {'OMP_NUM_THREADS': '1'}
 
 
-def torchrun(args, *options, script='train.py'):
-    done = subprocess.run([*TORCHRUN, '--standalone', '--nproc_per_node=2', *options, script, *args], cwd=ROOT, env=ENV,
-                          capture_output=True, text=True, timeout=180)
+def torchrun(args, script='train.py'):
+    """Train in two processes of torchrun's to the end: the stdout."""
+    done = subprocess.run([*TORCHRUN, '--standalone', '--nproc_per_node=2', script, *args],
+                          cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def two_processes(args, model_class=GPT):
+    """Train in two processes to the end, much sooner than torchrun's would: they are forked, with
+    torch imported already, and get what torchrun tells its own."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1])}
+    ranks = [address | {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': '2'} for rank in '01']
+    processes = [start(args, model_class, partial(os.environ.update, rank)) for rank in ranks]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0], Path(processes[0].log).read_text()
 
 
 @pytest.fixture
@@ -39,27 +56,31 @@ def args(tiny_args):
 
 
 def losses(out_dir):
-    return [value for row in read_metrics(out_dir) for key, value in row.items() if key.endswith('loss')]
+    return [value for row in read_metrics(out_dir)
+            for key, value in row.items() if key.endswith('loss')]
 
 
-@pytest.mark.parametrize('model_class, script, name', [(GPT, 'train.py', 'ckpt.pt'), (GPT_KAhead, 'train_k_ahead.py', 'ckpt_k_ahead.pt')])
-def test_two_processes_resume_bit_for_bit_and_one_goes_on_with_a_note(model_class, script, name, args, tmp_path, program):
+@pytest.mark.parametrize('model_class, script, name', [
+    (GPT, 'train.py', 'ckpt.pt'), (GPT_KAhead, 'train_k_ahead.py', 'ckpt_k_ahead.pt')])
+def test_two_processes_resume_bit_for_bit_and_one_goes_on_with_a_note(model_class, script, name,
+                                                                      args, tmp_path, program):
+    whole, half, one = (tmp_path / name for name in ('whole', 'half', 'one'))
     args += ['--dropout=0.1']
-    torchrun([*args, f'--out_dir={tmp_path / "whole"}'], script=script)
-    half = [*args, f'--out_dir={tmp_path / "half"}']
-    torchrun([*half, '--max_iters=4'], script=script)
-    shutil.copytree(tmp_path / 'half', tmp_path / 'one')
-    torchrun(half, script=script)
-    assert_same_end(end_state(tmp_path / 'half', name), end_state(tmp_path / 'whole', name))
-    code, out, err = program(lambda: trainer.main(model_class), *args, f'--out_dir={tmp_path / "one"}')
+    two_processes([*args, f'--out_dir={whole}'], model_class)
+    two_processes([*args, f'--out_dir={half}', '--max_iters=4'], model_class)
+    shutil.copytree(half, one)
+    torchrun([*args, f'--out_dir={half}'], script)
+    assert_same_end(end_state(half, name), end_state(whole, name))
+    code, out, err = program(lambda: trainer.main(model_class), *args, f'--out_dir={one}')
     assert code == 0 and 'note: the number of processes was 2 and is 1 now' in out, err
-    assert losses(tmp_path / 'one') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-5)
+    assert losses(one) == pytest.approx(losses(whole), abs=1e-5)
 
 
 def test_one_process_goes_on_as_two_with_a_note(args, tmp_path, program):
-    torchrun([*args, '--dropout=0.1', f'--out_dir={tmp_path / "whole"}'])
-    assert program(trainer.main, *args, '--dropout=0.1', '--max_iters=4')[0] == 0
-    assert 'note: the number of processes was 1 and is 2 now' in torchrun([*args, '--dropout=0.1'])
+    args += ['--dropout=0.1']
+    two_processes([*args, f'--out_dir={tmp_path / "whole"}'])
+    assert program(trainer.main, *args, '--max_iters=4')[0] == 0
+    assert 'note: the number of processes was 1 and is 2 now' in torchrun(args)
     assert losses(tmp_path / 'out') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-5)
 
 
@@ -81,46 +102,57 @@ def test_every_process_evaluates_its_share(data_dir, tmp_path, monkeypatch):
         seen.clear()
 
 
-@pytest.mark.parametrize('model_class, script, options', [(GPT_MLA, 'train_mla.py', []),
-                                                          (GPT_KAhead, 'train_k_ahead.py', ['--head=linear'])])
-def test_sharded_it_is_the_same_run_and_its_checkpoints_need_no_shards(model_class, script, options, args, tmp_path, program):
+@pytest.mark.parametrize('model_class, script, options', [
+    (GPT_MLA, 'train_mla.py', []), (GPT_KAhead, 'train_k_ahead.py', ['--head=linear'])])
+def test_sharded_it_is_the_same_run_and_its_checkpoints_need_no_shards(model_class, script, options,
+                                                                       args, tmp_path, program):
     one, two = ([*args, *options, f'--out_dir={tmp_path / name}'] for name in ('one', 'two'))
     assert program(lambda: trainer.main(model_class), *one)[0] == 0
-    assert 'sharded' in torchrun([*two, '--parallel=fsdp', '--max_iters=4'], script=script)
-    torchrun([*two, '--parallel=fsdp'], script=script)
+    assert 'sharded' in torchrun([*two, '--parallel=fsdp', '--max_iters=4'], script)
+    two_processes([*two, '--parallel=fsdp'], model_class)
     assert losses(tmp_path / 'two') == pytest.approx(losses(tmp_path / 'one'), abs=1e-5)
     mine, theirs = (load_model(tmp_path / name).model for name in ('one', 'two'))
     for (name, p), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(p, other, atol=1e-4), name
-    code, out, err = program(lambda: trainer.main(model_class), *two, '--max_iters=10')  # on, in one process without shards
+    # it goes on in one process without shards
+    code, out, err = program(lambda: trainer.main(model_class), *two, '--max_iters=10')
     assert code == 0 and 'note: the number of processes was 2 and is 1 now' in out, err
 
 
 def test_a_killed_worker_comes_back_and_the_run_ends_as_if_it_had_not_died(args, tmp_path):
-    """torchrun --max-restarts with --init_from=auto, as README.md says; all it takes is one restart."""
-    args += ['--max_iters=300', '--eval_interval=20']
-    torchrun([*args, f'--out_dir={tmp_path / "whole"}'])
+    """torchrun --max-restarts with --init_from=auto, as docs/long_runs.md says. One restart is all
+    that it takes."""
+    args += ['--max_iters=120', '--eval_interval=20']
+    two_processes([*args, f'--out_dir={tmp_path / "whole"}'])
     out = tmp_path / 'out'
-    process = subprocess.Popen([*TORCHRUN, '--standalone', '--nproc_per_node=2', '--max-restarts=1', 'train.py', *args], cwd=ROOT,
-                               env=ENV | {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = start_torchrun(args, '--max-restarts=1')
     wait_for((out / 'ckpt.pt').exists, 120)
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     assert process.wait(180) == 0
     assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
 
 
+def start_torchrun(args, *options):
+    """Train in two processes of torchrun's, quietly: torchrun's process."""
+    command = [*TORCHRUN, '--standalone', '--nproc_per_node=2', *options, 'train.py', *args]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL,
+                            env=ENV | {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})
+
+
 def workers_of(pid):
     """The processes that torchrun started, oldest first."""
-    found = subprocess.run(['ps', '-o', 'pid=,args=', '--ppid', str(pid)], capture_output=True, text=True).stdout
+    found = subprocess.run(['ps', '-o', 'pid=,args=', '--ppid', str(pid)], capture_output=True,
+                           text=True).stdout
     return [int(line.split()[0]) for line in found.splitlines() if 'train' in line]
 
 
-@pytest.mark.parametrize('to_all', [False, True])  # as Slurm and systemd do, after which torchrun sends its own
+# True: as Slurm and systemd do, after which torchrun sends its own
+@pytest.mark.parametrize('to_all', [False, True])
 def test_sigterm_to_torchrun_saves(to_all, args, tmp_path):
     out = tmp_path / 'out'
-    process = subprocess.Popen([*TORCHRUN, '--standalone', '--nproc_per_node=2', 'train.py', *args, '--max_iters=100000',
-                                '--eval_interval=100000', '--lr_decay_iters=100000'], cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
+    process = start_torchrun([*args, '--max_iters=100000', '--eval_interval=100000',
+                              '--lr_decay_iters=100000'])
     wait_for(lambda: (out / 'metrics.jsonl').exists() and len(read_metrics(out)) > 3, 120)
     workers = workers_of(process.pid)
     for pid in [process.pid, *(workers if to_all else [])]:

@@ -1,4 +1,5 @@
-"""Two nodes for real: two network namespaces joined by a virtual cable, one torchrun in each, started as README.md says."""
+"""Two nodes for real: two network namespaces joined by a virtual cable. In each of them torchrun is
+started as docs/long_runs.md says."""
 
 import os
 import re
@@ -10,10 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import read_metrics
 from test_faults import assert_same_end, end_state, wait_for
-from test_parallel import ENV, torchrun, workers_of
+from test_parallel import ENV, two_processes, workers_of
 from test_train import ROOT
 
-ADDRESSES = {1: '10.0.0.1', 2: '10.0.0.2'}  # the first is README's
+from model_mla import GPT_MLA
+
+GUIDE = (ROOT / 'docs' / 'long_runs.md').read_text()
+ADDRESSES = {1: '10.0.0.1', 2: '10.0.0.2'}  # the first is the guide's
+MISSING = 'network namespaces need rights that are missing here'
 
 
 def sh(command):
@@ -22,23 +27,26 @@ def sh(command):
 
 @pytest.fixture
 def nodes():
-    """The names of two network namespaces that reach each other; the test is skipped where they cannot be made."""
+    """The names of two network namespaces that reach each other. The test is skipped where they
+    cannot be made."""
     names = {i: f'node{i}-{os.getpid()}' for i in ADDRESSES}
     cables = {i: f'veth{i}x{os.getpid() % 10 ** 6}' for i in ADDRESSES}
+    known = [f'{ADDRESSES[i]} {names[i]}\n' for i in names]
     try:
-        if os.geteuid() or sh(f'ip link add {cables[1]} type veth peer name {cables[2]}').returncode:
-            pytest.skip('network namespaces need rights that are missing here')
+        cable = f'ip link add {cables[1]} type veth peer name {cables[2]}'
+        if os.geteuid() or sh(cable).returncode:
+            pytest.skip(MISSING)
         for i, name in names.items():
             hosts = Path('/etc/netns') / name / 'hosts'
             hosts.parent.mkdir(parents=True, exist_ok=True)
-            hosts.write_text('127.0.0.1 localhost\n' + ''.join(f'{ADDRESSES[j]} {names[j]}\n' for j in names))
+            hosts.write_text('127.0.0.1 localhost\n' + ''.join(known))
             for command in (f'ip netns add {name}', f'ip link set {cables[i]} netns {name}',
                             f'ip -n {name} addr add {ADDRESSES[i]}/24 dev {cables[i]}',
                             f'ip -n {name} link set {cables[i]} up', f'ip -n {name} link set lo up',
                             f'ip netns exec {name} unshare --uts hostname {name}'):
                 done = sh(command)
                 if done.returncode:
-                    pytest.skip(f'network namespaces need rights that are missing here: {done.stderr.strip()}')
+                    pytest.skip(f'{MISSING}: {done.stderr.strip()}')
         yield list(names.values())
     finally:
         sh(f'ip link del {cables[1]}')
@@ -47,9 +55,9 @@ def nodes():
             sh(f'rm -rf /etc/netns/{name}')
 
 
-def readme_command():
-    """README's line for two nodes, up to the program."""
-    lines = re.findall(r'^.*torchrun --nnodes=2 .*$', (ROOT / 'README.md').read_text(), re.M)
+def guide_command():
+    """The guide's line for two nodes, up to the program, and with one process a node."""
+    lines = re.findall(r'^.*torchrun --nnodes=2 .*$', GUIDE, re.M)
     assert len(lines) == 1 and '--nproc_per_node=8' in lines[0] and '--init_from=auto' in lines[0]
     assert f'--rdzv_endpoint={ADDRESSES[1]}:' in lines[0] and ' train_mla.py ' in lines[0]
     return lines[0].split(' train_mla.py ')[0].replace('--nproc_per_node=8', '--nproc_per_node=1')
@@ -57,14 +65,16 @@ def readme_command():
 
 @pytest.mark.parametrize('lost', ['worker', 'node'])
 def test_one_is_lost_and_the_run_ends_as_if_it_had_not_been(lost, nodes, tiny_args, tmp_path):
-    """A worker comes back by itself; on a node that died, torchrun and all, the same line is started again."""
-    args = [*tiny_args, '--max_iters=300', '--eval_interval=20', '--init_from=auto']
-    command = readme_command().replace('torchrun', f'{sys.executable} -m torch.distributed.run', 1)
+    """A worker comes back by itself. On a node that died with its torchrun, the same line is
+    started again."""
+    args = [*tiny_args, '--max_iters=120', '--eval_interval=20', '--init_from=auto']
+    command = guide_command().replace('torchrun', f'{sys.executable} -m torch.distributed.run', 1)
 
     def start(node):
+        on_node = f'hostname {node}; exec env {command} train_mla.py "$@"'
         return subprocess.Popen(['ip', 'netns', 'exec', node, 'unshare', '--uts', 'sh', '-c',
-                                 f'hostname {node}; exec env {command} train_mla.py "$@"', 'sh', *args],
-                                cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                 on_node, 'sh', *args], cwd=ROOT, env=ENV,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     processes = [start(node) for node in nodes]
     try:
         wait_for((tmp_path / 'out' / 'ckpt_mla.pt').exists, 120)
@@ -78,15 +88,18 @@ def test_one_is_lost_and_the_run_ends_as_if_it_had_not_been(lost, nodes, tiny_ar
     finally:
         for process in processes:
             process.kill()
-    assert [row['iter'] for row in read_metrics(tmp_path / 'out') if 'loss' in row] == list(range(300))
-    torchrun([*args, f'--out_dir={tmp_path / "whole"}'], script='train_mla.py')
-    assert_same_end(end_state(tmp_path / 'out', 'ckpt_mla.pt'), end_state(tmp_path / 'whole', 'ckpt_mla.pt'))
+    out, whole = tmp_path / 'out', tmp_path / 'whole'
+    assert [row['iter'] for row in read_metrics(out) if 'loss' in row] == list(range(120))
+    two_processes([*args, f'--out_dir={whole}'], GPT_MLA)
+    assert_same_end(end_state(out, 'ckpt_mla.pt'), end_state(whole, 'ckpt_mla.pt'))
 
 
-def test_the_slurm_script_starts_what_readme_says():
+def test_the_slurm_script_starts_what_the_guide_says():
     script = ROOT / 'config' / 'train_gpt2_mla.slurm'
     assert sh(f'bash -n {script}').returncode == 0
     text = script.read_text()
-    for option in ('TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1', '--rdzv_backend=c10d', '--max-restarts=3', '--nproc_per_node=8', 'train_mla.py config/train_gpt2_mla.py',
-                   '--gradient_accumulation_steps=48', '--init_from=auto'):
-        assert option in text and option in (ROOT / 'README.md').read_text(), option
+    for option in ('TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1', '--rdzv_backend=c10d',
+                   '--max-restarts=3', '--nproc_per_node=8',
+                   'train_mla.py config/train_gpt2_mla.py', '--gradient_accumulation_steps=48',
+                   '--init_from=auto'):
+        assert option in text and option in GUIDE, option
