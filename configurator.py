@@ -47,6 +47,9 @@ def check_torch():
 
 check_torch()
 
+# torch's allocators raise RuntimeErrors. Only the message tells them from a mistake of ours.
+OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", 'out of memory',
+                          'Storage size calculation overflowed')
 # what a user can mend
 FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EISDIR,
                errno.ENOTDIR)
@@ -67,7 +70,6 @@ def run(main):
             time.sleep(3)
         exit_with(e)
     except (MemoryError, RuntimeError) as e:
-        from runtime.device import is_out_of_memory  # here, since it imports torch
         if not is_out_of_memory(e):
             raise
         reason = ' '.join(str(e).split())[:150]
@@ -83,6 +85,12 @@ def run(main):
                   f'({e.strerror}): mend that and start again')
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the memory of the CPU or the GPU is used up."""
+    says_so = any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and says_so
 
 
 def build(cls, settings):

@@ -16,13 +16,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from configurator import UserError, build
+from configurator import UserError, build, is_out_of_memory
 
 import torch
 
 from model import GPTConfig
 from models import MODELS
-from runtime.device import is_out_of_memory
 
 
 class DamagedError(UserError):

@@ -9,11 +9,6 @@ from configurator import UserError
 
 import torch
 
-# torch's allocator on a CPU raises a plain RuntimeError, as do some CUDA libraries and mps. Only
-# the message tells such an error from a mistake in the program.
-OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", 'out of memory',
-                          'Storage size calculation overflowed')
-
 
 def pick_device(name, local_rank=None):
     """'auto', 'cpu', 'cuda', 'cuda:1', 'mps' -> the torch.device and its type. Under torchrun a
@@ -57,11 +52,3 @@ def pick_dtype(name, device_type):
 def autocast(device_type, dtype):
     """The context in which a model computes in dtype. Float32 needs none."""
     return nullcontext() if dtype == torch.float32 else torch.amp.autocast(device_type, dtype)
-
-
-def is_out_of_memory(error):
-    """Whether an exception says that the CPU's or the GPU's memory is used up."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and any(m in message for m in OUT_OF_MEMORY_MESSAGES)

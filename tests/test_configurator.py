@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import configurator
-from configurator import UserError, build, configure, run
+from configurator import UserError, build, configure, is_out_of_memory, run
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ import train
 from model import GPT, GPTConfig
 from model_k_ahead import KAheadConfig
 from model_mla import GPT_MLA, MLAConfig
-from runtime.device import is_out_of_memory
 from train import TrainConfig
 
 
@@ -249,5 +248,6 @@ def test_only_what_is_for_want_of_memory_is_called_so(capsys):
     with pytest.raises(SystemExit):
         run(lambda: torch.zeros(10 ** 15))
     assert 'not enough memory' in capsys.readouterr().err
-    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError('CUDA out of memory'))
     assert not is_out_of_memory(ValueError('out of memory'))
