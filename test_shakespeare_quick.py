@@ -33,7 +33,7 @@ from runtime.cpu_linear import use_cpu_linear
 from runtime.dataset import open_data
 from runtime.device import autocast, pick_device, pick_dtype
 from runtime.run_log import plot_losses
-from train import TrainConfig, train
+from train import TrainConfig, launch
 
 PAIR = {name: MODELS[name] for name in ('gpt', 'mla')}
 KEYS = {name: entry.label.lower() for name, entry in PAIR.items()}  # 'mha', 'mla' in results.json
@@ -163,7 +163,7 @@ def main():
         key = KEYS[name]
         print(f'\n{entry.label}')
         args = of_model(model_args, entry.model_class.config_class)
-        result = train(entry.model_class, replace(config, out_dir=str(out_dir / key)), args)
+        result = launch(entry.model_class, replace(config, out_dir=str(out_dir / key)), args)
         if result.stopped:
             print('the comparison is not finished and starts anew next time')
             return

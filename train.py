@@ -21,7 +21,7 @@ from configurator import check_least, configure, run
 import torch
 
 from model import GPT
-from models import MODELS, describe
+from models import MODELS
 from runtime.dataset import EVALUATION, SPLITS, TRAINING, Batches, open_data
 from runtime.device import autocast, pick_dtype
 from runtime.loading import GPT2_NAMES, is_hugging_face
@@ -33,112 +33,112 @@ from runtime.saver import CheckpointSaver
 from runtime.tokenizer import Tokenizer
 
 
-def train(model_class, config, model_args):
-    """Train a model_class by a TrainConfig. model_args are the model settings that were asked for;
-    the data and the class decide the others. Returns a Result. Raises UserError for what is wrong,
-    before anything is written, and for a loss that is not finite."""
+def train(model_class, config, model_args, processes, stop, folder):
+    """Train a model_class by a TrainConfig, in this process of several. See launch."""
+    device = processes.device
+    dtype = pick_dtype(config.dtype, device.type)
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision('high')  # tf32
+
+    # data, and the state to begin with: new, from a checkpoint, or with GPT-2's weights
+    config = resolve_init_from(config, model_class.model_type)
+    data = open_data(config.dataset)
+    state = start_run(model_class, config, model_args, data, dtype, processes)
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    compiled = device.type == 'cuda' if config.compile == 'auto' else config.compile
+    net = processes.wrap(torch.compile(model) if compiled else model)
+
+    # batches, log, checkpoints
+    folder.claim(state.damaged)
+    batches = Batches(data, config.batch_size, model.config.block_size,
+                      model.config.vocab_size, config.seed, device)
+    log = RunLog(config, state, folder, processes)
+    saver = CheckpointSaver(state, data.tokenizer, config, folder, processes, log)
+    pending = PendingLosses(processes, config.learning_rate)
+    micro_steps = config.gradient_accumulation_steps // processes.size  # of this process
+    sequences_per_iter = config.gradient_accumulation_steps * config.batch_size
+    tokens_per_iter = sequences_per_iter * model.config.block_size
+    log.begin(tokens_per_iter, dtype, compiled)
+
+    while not (stopped := processes.any(stop.requested)):
+        lr = learning_rate_at(state.iter_num, config)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+
+        # evaluate, and save what is worth it
+        last = state.iter_num >= config.max_iters or config.eval_only
+        if last or state.iter_num % config.eval_interval == 0:
+            pending.settle()
+            losses = estimate_loss(model, batches, config, dtype, processes, log)
+            check_finite('the loss in training and validation', state.iter_num,
+                         [losses['train_loss'], losses['val_loss']], config.learning_rate)
+            if state.iter_num == 0 < config.max_iters and not state.resumed_from:
+                folder.archive_earlier_run(log)  # a new run, which has gone well so far
+            row = {'iter': state.iter_num, **losses, 'lr': lr}
+            log.record(row)
+            saved = saver.after_evaluation(losses['val_loss'])
+            log.evaluation(row, saved)
+            pending.restart_clock()
+        if last:
+            break
+
+        # forward and backward, one micro-batch after the other
+        loss_sum = torch.zeros(1 + model.n_predictions, device=device)  # all heads, and each
+        first = state.iter_num * config.gradient_accumulation_steps + processes.rank
+        for micro_step in range(micro_steps):
+            x, y = batches.draw('train', TRAINING, first + micro_step * processes.size)
+            processes.gradient_sync(net, now=micro_step == micro_steps - 1)
+            with autocast(device.type, dtype):
+                loss = net(x, y)[1] / micro_steps
+            scaler.scale(loss).backward()
+            loss_sum[0] += loss.detach()
+            if model.n_predictions > 1:
+                loss_sum[1:] += model.head_losses / micro_steps
+
+        # clip the gradient and step
+        if config.grad_clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        pending.add(state.iter_num, loss_sum)
+
+        # log
+        if state.iter_num % config.log_interval == 0:
+            (loss, *head_losses), seconds = pending.settle()
+            row = {'iter': state.iter_num, 'loss': loss, **by_head('loss', head_losses),
+                   'lr': lr, 'ms_per_iter': seconds * 1e3,
+                   'tokens_per_second': tokens_per_iter / seconds}
+            mfu = model.estimate_mfu(sequences_per_iter / processes.size, seconds)
+            log.iteration(row if mfu is None else row | {'mfu': mfu})
+        state.iter_num += 1
+        log.bar.update()
+
+    # end well: a run that a signal stopped is saved too
+    log.bar.close()
+    if stopped:
+        pending.settle()
+        check_finite('the largest weight', state.iter_num,
+                     [processes.max_abs(model.parameters())], config.learning_rate)
+        saved = saver.at_stop()
+        hint = '; go on with --init_from=resume' if saved or state.resumed_from else ''
+        log.say(f'stopped before iteration {state.iter_num}{saved}{hint}')
+    log.close()
+    saver.check_saved()
+    seconds = pending.median_seconds()
+    return Result(model, data.tokenizer, device, state.metrics, seconds * 1e3,
+                  tokens_per_iter / seconds, stopped)
+
+
+def launch(model_class, config, model_args):
+    """Join the processes, take out_dir, and train. model_args are the model settings that were
+    asked for; the data and the class decide the others. Returns a Result. Raises UserError for
+    what is wrong, before anything is written, and for a loss that is not finite."""
+    # train returns, and DDP is gone, before the process group ends: else they wait for each other
     with (join_processes(config) as processes, StopSignal() as stop,
           RunFolder(config, model_class.model_type, processes) as folder):
-        device = processes.device
-        dtype = pick_dtype(config.dtype, device.type)
-        torch.manual_seed(config.seed)
-        torch.set_float32_matmul_precision('high')  # tf32
-
-        # data, and the state to begin with: new, from a checkpoint, or with GPT-2's weights
-        config = resolve_init_from(config, model_class.model_type)
-        data = open_data(config.dataset)
-        state = start_run(model_class, config, model_args, data, dtype, processes)
-        model, optimizer, scaler = state.model, state.optimizer, state.scaler
-        compiled = device.type == 'cuda' if config.compile == 'auto' else config.compile
-        net = processes.wrap(torch.compile(model) if compiled else model)
-
-        # batches, log, checkpoints
-        folder.claim(state.damaged)
-        batches = Batches(data, config.batch_size, model.config.block_size,
-                          model.config.vocab_size, config.seed, device)
-        log = RunLog(config, state, folder, processes)
-        saver = CheckpointSaver(state, data.tokenizer, config, folder, processes, log)
-        pending = PendingLosses(processes, config.learning_rate)
-        micro_steps = config.gradient_accumulation_steps // processes.size  # of this process
-        sequences_per_iter = config.gradient_accumulation_steps * config.batch_size
-        tokens_per_iter = sequences_per_iter * model.config.block_size
-        how = str(dtype).removeprefix('torch.')
-        how += (', compiled' if compiled else '') + (', sharded' if processes.sharded else '')
-        log.say(f'{describe(model)}; {tokens_per_iter:,} tokens per iteration on {processes.size} '
-                f'x {device.type}, {how}')
-        for note in state.notes:
-            log.say(f'note: {note}')
-
-        while not (stopped := processes.any(stop.requested)):
-            lr = learning_rate_at(state.iter_num, config)
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-
-            # evaluate, and save what is worth it
-            last = state.iter_num >= config.max_iters or config.eval_only
-            if last or state.iter_num % config.eval_interval == 0:
-                pending.settle()
-                losses = estimate_loss(model, batches, config, dtype, processes, log)
-                check_finite('the loss in training and validation', state.iter_num,
-                             [losses['train_loss'], losses['val_loss']], config.learning_rate)
-                if state.iter_num == 0 < config.max_iters and not state.resumed_from:
-                    folder.archive_earlier_run(log)  # a new run, which has gone well so far
-                row = {'iter': state.iter_num, **losses, 'lr': lr}
-                log.record(row)
-                saved = saver.after_evaluation(losses['val_loss'])
-                log.evaluation(row, saved)
-                pending.restart_clock()
-            if last:
-                break
-
-            # forward and backward, one micro-batch after the other
-            loss_sum = torch.zeros(1 + model.n_predictions, device=device)  # all heads, and each
-            first = state.iter_num * config.gradient_accumulation_steps + processes.rank
-            for micro_step in range(micro_steps):
-                x, y = batches.draw('train', TRAINING, first + micro_step * processes.size)
-                processes.gradient_sync(net, now=micro_step == micro_steps - 1)
-                with autocast(device.type, dtype):
-                    loss = net(x, y)[1] / micro_steps
-                scaler.scale(loss).backward()
-                loss_sum[0] += loss.detach()
-                if model.n_predictions > 1:
-                    loss_sum[1:] += model.head_losses / micro_steps
-
-            # clip the gradient and step
-            if config.grad_clip:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            pending.add(state.iter_num, loss_sum)
-
-            # log
-            if state.iter_num % config.log_interval == 0:
-                (loss, *head_losses), seconds = pending.settle()
-                row = {'iter': state.iter_num, 'loss': loss, **by_head('loss', head_losses),
-                       'lr': lr, 'ms_per_iter': seconds * 1e3,
-                       'tokens_per_second': tokens_per_iter / seconds}
-                mfu = model.estimate_mfu(sequences_per_iter / processes.size, seconds)
-                log.iteration(row if mfu is None else row | {'mfu': mfu})
-            state.iter_num += 1
-            log.bar.update()
-
-        # end well: a run that a signal stopped is saved too
-        log.bar.close()
-        del net  # DDP goes before its process group does: else the two may wait for each other
-        if stopped:
-            pending.settle()
-            check_finite('the largest weight', state.iter_num,
-                         [processes.max_abs(model.parameters())], config.learning_rate)
-            saved = saver.at_stop()
-            hint = '; go on with --init_from=resume' if saved or state.resumed_from else ''
-            log.say(f'stopped before iteration {state.iter_num}{saved}{hint}')
-        log.close()
-        saver.check_saved()
-        seconds = pending.median_seconds()
-        return Result(model, data.tokenizer, device, state.metrics, seconds * 1e3,
-                      tokens_per_iter / seconds, stopped)
+        return train(model_class, config, model_args, processes, stop, folder)
 
 
 def learning_rate_at(iter_num, config):
@@ -256,7 +256,7 @@ def main(model_class=GPT, **defaults):
     # nanoGPT trains without biases, though its GPTConfig has them
     config, model_args = configure(sys.argv[1:], TrainConfig, model_class.config_class,
                                    elsewhere=keys_elsewhere(model_class), bias=False, **defaults)
-    train(model_class, config, model_args)
+    launch(model_class, config, model_args)
 
 
 if __name__ == '__main__':

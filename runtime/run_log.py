@@ -15,7 +15,7 @@ from configurator import UserError
 import torch
 from tqdm import tqdm
 
-from models import MODELS
+from models import MODELS, describe
 
 WANDB_NAMES = {'loss': 'train/batch_loss', 'train_loss': 'train/loss', 'val_loss': 'val/loss'}
 
@@ -25,7 +25,7 @@ class RunLog:
     the run."""
 
     def __init__(self, config, state, folder, processes):
-        self.state, self.folder = state, folder
+        self.state, self.folder, self.processes = state, folder, processes
         self.is_first = processes.is_first
         self.metrics_are_whole = False  # whether the file holds all rows so far
         self.label = MODELS[state.model.model_type].model_class.__name__
@@ -36,6 +36,17 @@ class RunLog:
                         total=None if config.eval_only else config.max_iters,
                         leave=not config.eval_only,
                         disable=not (self.is_first and sys.stderr.isatty()))
+
+    def begin(self, tokens_per_iter, dtype, compiled):
+        """Say what is trained, and what is not as it was when the run was stopped."""
+        processes = self.processes
+        how = str(dtype).removeprefix('torch.')
+        how += ', compiled' if compiled else ''
+        how += ', sharded' if processes.sharded else ''
+        self.say(f'{describe(self.state.model)}; {tokens_per_iter:,} tokens per iteration on '
+                 f'{processes.size} x {processes.device.type}, {how}')
+        for note in self.state.notes:
+            self.say(f'note: {note}')
 
     def say(self, line):
         if not self.is_first:

@@ -1,6 +1,7 @@
 """A run loses nothing: killed, stopped, on a full disk, with damaged files, it ends as one that
 nothing happened to."""
 
+import importlib
 import io
 import json
 import multiprocessing
@@ -33,7 +34,8 @@ from runtime.resume import newest_sound
 from runtime.tokenizer import make_tokenizer
 
 GPT2 = make_tokenizer('gpt2')
-FORK = multiprocessing.get_context('fork')  # such a child has torch imported already
+FORK = multiprocessing.get_context('fork')  # such a child has imported what its parent has
+LATE_IMPORTS = 'torch._dynamo', 'matplotlib.figure', 'matplotlib.backends.backend_agg'
 
 
 def start(args, model_class=GPT, before=None):
@@ -44,6 +46,8 @@ def start(args, model_class=GPT, before=None):
         if before:
             before()
         run(lambda: trainer.main(model_class))
+    for name in LATE_IMPORTS:  # once here is sooner than in every child
+        importlib.import_module(name)
     log = [a for a in args if a.startswith('--out_dir=')][-1].removeprefix('--out_dir=') + '.log'
     process = FORK.Process(target=child)
     process.start()

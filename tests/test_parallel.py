@@ -60,16 +60,15 @@ def losses(out_dir):
             for key, value in row.items() if key.endswith('loss')]
 
 
-@pytest.mark.parametrize('model_class, script, name', [
-    (GPT, 'train.py', 'ckpt.pt'), (GPT_KAhead, 'train_k_ahead.py', 'ckpt_k_ahead.pt')])
-def test_two_processes_resume_bit_for_bit_and_one_goes_on_with_a_note(model_class, script, name,
-                                                                      args, tmp_path, program):
+@pytest.mark.parametrize('model_class, name', [(GPT, 'ckpt.pt'), (GPT_KAhead, 'ckpt_k_ahead.pt')])
+def test_two_processes_resume_bit_for_bit_and_one_goes_on_with_a_note(model_class, name, args,
+                                                                      tmp_path, program):
     whole, half, one = (tmp_path / name for name in ('whole', 'half', 'one'))
     args += ['--dropout=0.1']
     two_processes([*args, f'--out_dir={whole}'], model_class)
     two_processes([*args, f'--out_dir={half}', '--max_iters=4'], model_class)
     shutil.copytree(half, one)
-    torchrun([*args, f'--out_dir={half}'], script)
+    two_processes([*args, f'--out_dir={half}'], model_class)
     assert_same_end(end_state(half, name), end_state(whole, name))
     code, out, err = program(lambda: trainer.main(model_class), *args, f'--out_dir={one}')
     assert code == 0 and 'note: the number of processes was 2 and is 1 now' in out, err
@@ -97,7 +96,7 @@ def test_every_process_evaluates_its_share(data_dir, tmp_path, monkeypatch):
     for rank, share in ((0, [0, 2, 4]), (1, [1, 3, 5])):  # the sixth one is not counted
         processes = OneOfTwo(rank, 2, torch.device('cpu'), sharded=False)
         monkeypatch.setattr(trainer, 'join_processes', lambda config: nullcontext(processes))
-        trainer.train(GPT, config, dict(n_layer=1, n_head=2, n_embd=8, block_size=16))
+        trainer.launch(GPT, config, dict(n_layer=1, n_head=2, n_embd=8, block_size=16))
         assert seen == [((config.seed, 1, split), number) for split in (0, 1) for number in share]
         seen.clear()
 
@@ -128,6 +127,8 @@ def test_a_killed_worker_comes_back_and_the_run_ends_as_if_it_had_not_died(args,
     process = start_torchrun(args, '--max-restarts=1')
     wait_for((out / 'ckpt.pt').exists, 120)
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    newest = torch.load(out / 'ckpt.pt', weights_only=True)
+    assert newest['iter_num'] < 120  # the kill fell inside the run
     assert process.wait(180) == 0
     assert_same_end(end_state(out), end_state(tmp_path / 'whole'))
 

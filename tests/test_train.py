@@ -337,7 +337,7 @@ def test_wandb_is_imported_only_when_asked_for_and_works_offline(tiny_args, tmp_
             print('imported', 'wandb' in sys.modules)
         '''
     env = os.environ | {'WANDB_MODE': 'offline', 'WANDB_DIR': str(tmp_path), 'WANDB_SILENT': 'true'}
-    done = shell(sys.executable, '-c', program, *tiny_args, env=env)
+    done = shell(sys.executable, '-c', program, *tiny_args, '--max_iters=1', env=env)
     said = [line for line in done.stdout.splitlines() if line.startswith('imported')]
     assert done.returncode == 0 and said == ['imported False', 'imported True'], done.stderr
     assert list(tmp_path.glob('wandb/offline-run-*/*.wandb'))

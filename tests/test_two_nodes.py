@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import read_metrics
 from test_faults import assert_same_end, end_state, wait_for
 from test_parallel import ENV, two_processes, workers_of
@@ -75,12 +76,15 @@ def test_one_is_lost_and_the_run_ends_as_if_it_had_not_been(lost, nodes, tiny_ar
         return subprocess.Popen(['ip', 'netns', 'exec', node, 'unshare', '--uts', 'sh', '-c',
                                  on_node, 'sh', *args], cwd=ROOT, env=ENV,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    out, whole = tmp_path / 'out', tmp_path / 'whole'
     processes = [start(node) for node in nodes]
     try:
-        wait_for((tmp_path / 'out' / 'ckpt_mla.pt').exists, 120)
+        wait_for((out / 'ckpt_mla.pt').exists, 120)
         dead = workers_of(processes[1].pid)
         for pid in [processes[1].pid, *dead] if lost == 'node' else dead:
             os.kill(pid, signal.SIGKILL)
+        newest = torch.load(out / 'ckpt_mla.pt', weights_only=True)
+        assert dead and newest['iter_num'] < 120  # the kill fell inside the run
         if lost == 'node':
             processes[1].wait(10)
             processes[1] = start(nodes[1])
@@ -88,7 +92,6 @@ def test_one_is_lost_and_the_run_ends_as_if_it_had_not_been(lost, nodes, tiny_ar
     finally:
         for process in processes:
             process.kill()
-    out, whole = tmp_path / 'out', tmp_path / 'whole'
     assert [row['iter'] for row in read_metrics(out) if 'loss' in row] == list(range(120))
     two_processes([*args, f'--out_dir={whole}'], GPT_MLA)
     assert_same_end(end_state(out, 'ckpt_mla.pt'), end_state(whole, 'ckpt_mla.pt'))
