@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -155,6 +156,15 @@ def test_smaller_latents_and_no_text(tmp_path, program):
     for number, source in enumerate((f'--model={tmp_path / "ckpt.pt"}', tmp_path)):
         args = (source, f'--out_dir={tmp_path / str(number)}', '--device=cpu')
         assert program(convert_mla.main, *args)[1].splitlines()[:-1] == out.splitlines()[:-1]
+
+
+def test_help_names_the_checkpoint_as_a_key_and_without(program, monkeypatch):
+    monkeypatch.setitem(sys.modules, '__main__', convert_mla)
+    for word in ('--help', '-h'):
+        code, out, err = program(convert_mla.main, word)
+        assert (code, err) == (0, '') and out.startswith('Turn a trained GPT into a GPT_MLA')
+        assert '[MODEL] [CONFIG.py ...] [--key=value ...]' in out
+        assert "  --model='' " in out and "a GPT's checkpoint, its out_dir" in out
 
 
 def test_bad_input_writes_nothing(tmp_path, data_dir, program):
