@@ -23,6 +23,7 @@ import re
 import sys
 import textwrap
 import time
+import traceback
 import types
 import typing
 from ast import literal_eval
@@ -191,8 +192,8 @@ def run_config_file(path, standing):
     try:
         exec(compile(Path(path).read_bytes(), path, 'exec'), namespace)
     except (Exception, SystemExit) as e:
-        frames = inspect.getinnerframes(e.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
+        steps = traceback.walk_tb(e.__traceback__)
+        lines = [line for frame, line in steps if frame.f_code.co_filename == path]
         line = lines[-1] if lines else getattr(e, 'lineno', None)
         where = f' in line {line}' if line else ''
         raise UserError(f'config file {path} raised {type(e).__name__}{where}: {e}') from None

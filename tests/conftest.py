@@ -1,9 +1,12 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 # tensors are small here, and on a busy machine threads wait for each other
 os.environ['OMP_NUM_THREADS'] = '1'
+# tests fork, and a fork cannot go on with the threads that torch starts for a GPU
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 from configurator import run
 
@@ -14,8 +17,10 @@ import torch
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
+from runtime import run_log
 from runtime.dataset import write_splits
 
+ROOT = Path(__file__).parents[1]
 BOTH = pytest.mark.parametrize('model_class', [GPT, GPT_MLA])
 ALL = pytest.mark.parametrize('model_class', [GPT, GPT_MLA, GPT_KAhead])
 CHARS = sorted('\n abcdefghijkl')
@@ -48,6 +53,13 @@ def tiny_args(data_dir, tmp_path):
             '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
             '--gradient_accumulation_steps=2', '--max_iters=6', '--eval_interval=3',
             '--eval_iters=4', '--warmup_iters=2', '--lr_decay_iters=6', '--learning_rate=1e-2']
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """loss.png is text. To draw it takes nine tenths of the time of a run of a second."""
+    monkeypatch.setattr(run_log, 'draw_loss',
+                        lambda metrics, label, path: path.write_text(f'{label}: {metrics}'))
 
 
 @pytest.fixture

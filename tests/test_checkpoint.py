@@ -2,22 +2,21 @@ import pickle
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from configurator import UserError
 
 import pytest
 import torch
-from conftest import BOTH, CHARS, tiny_model
+from conftest import BOTH, CHARS, ROOT, tiny_model
 
+import convert_mla
+import export_huggingface
 from model import GPT, GPTConfig
 from model_mla import GPT_MLA
 from runtime import checkpoint as ckpt
 from runtime.loading import load_model
 from runtime.tokenizer import make_tokenizer
 from train import TrainConfig
-
-ROOT = Path(ckpt.__file__).parents[1]
 
 
 def save(path, model, spec=CHARS):
@@ -224,26 +223,22 @@ def test_what_is_not_there_is_reported(tmp_path):
             load_model(source)
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='needs limits on the size of files')
-def test_a_full_disk_costs_nothing_and_leaves_nothing(tmp_path):
+def test_a_full_disk_costs_nothing_and_leaves_nothing(tmp_path, program):
     """A limit on the size of a file stands for it. convert and export say it in one line, and the
     old checkpoint stays."""
+    resource = pytest.importorskip('resource', reason='needs limits on the size of files')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=1, n_head=2, n_embd=16))
     ckpt.save_checkpoint(tmp_path / 'ckpt.pt', model, make_tokenizer('gpt2'), {}, 1)
     before = (tmp_path / 'ckpt.pt').read_bytes()
-    limited = f'''
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
-sys.argv = sys.argv[1:]
-sys.path.insert(0, {str(ROOT)!r})
-runpy.run_path(sys.argv[0], run_name="__main__")
-'''
-    for program, args in (('convert_mla.py', [f'--out_dir={tmp_path / "mla"}']),
-                          ('export_huggingface.py', [tmp_path / 'hf'])):
-        command = [sys.executable, '-c', limited, ROOT / program, tmp_path / 'ckpt.pt', *args]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2 and done.stderr.startswith('error: '), done.stderr
-        assert done.stderr.count('\n') == 1 and 'cannot be written' in done.stderr
+    for main, option in ((convert_mla.main, f'--out_dir={tmp_path / "mla"}'),
+                         (export_huggingface.main, tmp_path / 'hf')):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+        try:
+            code, _, err = program(main, tmp_path / 'ckpt.pt', option)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert code == 2 and err.startswith('error: '), err
+        assert err.count('\n') == 1 and 'cannot be written' in err
     assert [p for p in tmp_path.rglob('*') if p.is_file()] == [tmp_path / 'ckpt.pt']
     assert (tmp_path / 'ckpt.pt').read_bytes() == before

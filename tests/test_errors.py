@@ -1,10 +1,6 @@
 """A mistake of the user ends the trainer in one clear line and exit code 2. Nothing is written or
 lost."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +11,7 @@ from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 from runtime import dataset
 
-ROOT = Path(train.__file__).parent
+pytestmark = pytest.mark.usefixtures('no_picture')
 
 
 def write_tokens(path, tokens):
@@ -160,11 +156,10 @@ def test_a_bin_too_large_to_be_checked_whole_is_checked_batch_by_batch(where, ti
     assert code == 2 and 'token id 40' in err
 
 
-def test_a_config_file_that_raises_ends_the_program_in_one_line(tmp_path):
+def test_a_config_file_that_raises_ends_the_program_in_one_line(tmp_path, program, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / 'bad.py').write_text('max_iters = 1 / 0\n')
-    done = subprocess.run([sys.executable, ROOT / 'train_mla.py', 'bad.py'], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stdout == ''
     what = 'raised ZeroDivisionError in line 1: division by zero'
-    assert done.stderr == f'error: config file bad.py {what}\n'
+    done = program(lambda: train.main(GPT_MLA), 'bad.py')
+    assert done == (2, '', f'error: config file bad.py {what}\n')
     assert [p.name for p in tmp_path.iterdir()] == ['bad.py']

@@ -20,38 +20,40 @@ from configurator import UserError, run
 
 import pytest
 import torch
-from conftest import ALL, read_metrics, tiny_model, without_times
-from test_train import ROOT
+from conftest import ALL, ROOT, read_metrics, tiny_model, without_times
 
 import train as trainer
 from model import GPT
 from model_mla import GPT_MLA
-from runtime import dataset, resume, saver
+from runtime import dataset, resume, run_log, saver
 from runtime.checkpoint import checkpoint_path, save_checkpoint
 from runtime.loading import load_model
 from runtime.lock import locked
 from runtime.resume import newest_sound
+from runtime.run_log import draw_loss
 from runtime.tokenizer import make_tokenizer
 
+pytestmark = pytest.mark.usefixtures('no_picture')
 GPT2 = make_tokenizer('gpt2')
 FORK = multiprocessing.get_context('fork')  # such a child has imported what its parent has
 LATE_IMPORTS = 'torch._dynamo', 'matplotlib.figure', 'matplotlib.backends.backend_agg'
 
 
 def start(args, model_class=GPT, before=None):
-    """Train in a child process, quietly. before() is called in it first."""
+    """Train in a child process. before() is called in it first. What it prints goes to the files
+    process.log + '.out' and '.err'."""
     def child():
-        sys.stdout, sys.stderr = open(os.devnull, 'w'), open(log, 'w')
-        sys.argv = ['train.py', *args]
         if before:
             before()
+        process.log += os.environ.get('RANK', '')
+        sys.stdout, sys.stderr = (open(process.log + end, 'w') for end in ('.out', '.err'))
+        sys.argv = ['train.py', *args]
         run(lambda: trainer.main(model_class))
     for name in LATE_IMPORTS:  # once here is sooner than in every child
         importlib.import_module(name)
-    log = [a for a in args if a.startswith('--out_dir=')][-1].removeprefix('--out_dir=') + '.log'
     process = FORK.Process(target=child)
+    process.log = [a for a in args if a.startswith('--out_dir=')][-1].removeprefix('--out_dir=')
     process.start()
-    process.log = log
     return process
 
 
@@ -59,7 +61,7 @@ def finish(args, model_class=GPT, before=None):
     """Train in a child process to the end: its exit code and stderr."""
     process = start(args, model_class, before)
     process.join(120)
-    with open(process.log) as f:
+    with open(process.log + '.err') as f:
         return process.exitcode, f.read()
 
 
@@ -107,9 +109,11 @@ def slow_saves():
 def test_killed_at_random_moments(model_class, args, tmp_path):
     """kill -9 at 21 moments over the three models, two of three on the way back from another."""
     name = checkpoint_path('', model_class.model_type).name
-    t0 = time.monotonic()
-    assert finish([*args, f'--out_dir={tmp_path / "whole"}'], model_class, slow_saves)[0] == 0
-    duration = time.monotonic() - t0
+    process = start([*args, f'--out_dir={tmp_path / "whole"}'], model_class, slow_saves)
+    started = time.monotonic()
+    process.join(120)
+    duration = time.monotonic() - started
+    assert process.exitcode == 0
     whole, moments = end_state(tmp_path / 'whole', name), random.Random(1)
     for number in range(4):
         options = [*args, f'--out_dir={tmp_path / f"out{number}"}', '--keep_checkpoints=2']
@@ -173,7 +177,7 @@ def wait_for(condition, seconds=60):
 
 
 def test_a_second_signal_ends_it_at_once(args, tmp_path):
-    process = start([*args, f'--out_dir={tmp_path / "out"}'], before=lambda: slow_steps(0.7))
+    process = start([*args, '--eval_iters=1'], before=lambda: slow_steps(0.7))
     wait_for(lambda: len(rows(tmp_path / 'out')) >= 1)
     for _ in range(2):
         os.kill(process.pid, signal.SIGINT)
@@ -278,7 +282,12 @@ def test_a_run_that_comes_second_to_a_new_folder_writes_over_nothing(args, tmp_p
                                                                      monkeypatch):
     """While it loaded, another began there and ended."""
     make_model, out = resume.make_model, tmp_path / 'out'
-    monkeypatch.setattr(resume, 'make_model', lambda *a: (finish(args), make_model(*a))[1])
+
+    def late(*args_of_make_model):
+        monkeypatch.setattr(resume, 'make_model', make_model)
+        assert finish(args)[0] == 0
+        return make_model(*args_of_make_model)
+    monkeypatch.setattr(resume, 'make_model', late)
     code, _, err = program(trainer.main, *args, '--seed=2')
     assert code == 2 and err.count('\n') == 1 and 'has been taken by another run meanwhile' in err
     assert torch.load(out / 'ckpt.pt', weights_only=True)['config']['seed'] == 1337
@@ -385,6 +394,7 @@ def test_a_full_disk_stops_neither_the_run_nor_costs_the_old_file(args, tmp_path
     before, size = (out / 'ckpt.pt').read_bytes(), (out / 'ckpt.pt').stat().st_size
 
     def small_files():
+        run_log.draw_loss = draw_loss  # which is too large as well
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
     code, err = finish([*args, f'--out_dir={tmp_path / "new"}'], before=small_files)
@@ -439,7 +449,7 @@ def test_a_read_only_folder_is_refused_and_left_alone(args, tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(args, tmp_path, program):
     out = tmp_path / 'out'
-    process = start(args, before=lambda: slow_steps(0.2))
+    process = start(args, before=lambda: slow_steps(0.1))
     wait_for(lambda: len(rows(out)) >= 1)
     code, _, err = program(trainer.main, *args)
     assert code == 2 and err.count('\n') == 1

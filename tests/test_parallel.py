@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import ROOT, read_metrics, without_times
 from test_faults import assert_same_end, end_state, start, wait_for
-from test_train import ROOT
 
 import train as trainer
 from model import GPT
@@ -25,21 +24,21 @@ from runtime.loading import load_model
 from runtime.parallel import Processes
 from train import TrainConfig
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
+pytestmark = pytest.mark.usefixtures('no_picture')
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 ENV = os.environ | {'OMP_NUM_THREADS': '1'}
 
 
 def torchrun(args, script='train.py'):
-    """Train in two processes of torchrun's to the end: the stdout."""
-    done = subprocess.run([*TORCHRUN, '--standalone', '--nproc_per_node=2', script, *args],
-                          cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Train in two processes of torchrun's to the end: its exit code, stdout and stderr."""
+    done = subprocess.run([*TORCHRUN, script, *args], cwd=ROOT, env=ENV, capture_output=True,
+                          text=True, timeout=180)
+    return done.returncode, done.stdout, done.stderr
 
 
 def two_processes(args, model_class=GPT):
     """Train in two processes to the end, much sooner than torchrun's would: they are forked, with
-    torch imported already, and get what torchrun tells its own."""
+    torch imported already, and get what torchrun tells its own. Returns the first one's stdout."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1])}
@@ -47,7 +46,9 @@ def two_processes(args, model_class=GPT):
     processes = [start(args, model_class, partial(os.environ.update, rank)) for rank in ranks]
     for process in processes:
         process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0], Path(processes[0].log).read_text()
+    out, err = (Path(processes[0].log + end).read_text() for end in ('0.out', '0.err'))
+    assert [process.exitcode for process in processes] == [0, 0], err
+    return out
 
 
 @pytest.fixture
@@ -58,6 +59,30 @@ def args(tiny_args):
 def losses(out_dir):
     return [value for row in read_metrics(out_dir)
             for key, value in row.items() if key.endswith('loss')]
+
+
+@pytest.mark.parametrize('model_class', [GPT_MLA, GPT_KAhead])
+def test_two_processes_see_what_one_sees(model_class, tiny_args, tmp_path, program):
+    args = tiny_args + ['--gradient_accumulation_steps=4', '--dropout=0.1', '--eval_iters=3']
+    assert program(lambda: trainer.main(model_class), *args)[0] == 0
+    two_processes([*args, f'--out_dir={tmp_path / "two"}'], model_class)
+    rows = [without_times(read_metrics(tmp_path / name)) for name in ('out', 'two')]
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert one[key] == pytest.approx(two[key], abs=1e-5), key
+
+
+def test_micro_batches_that_two_processes_cannot_share(tiny_args, program, monkeypatch):
+    args = tiny_args + ['--gradient_accumulation_steps=3']
+    code, _, err = torchrun(args, 'train_mla.py')
+    errors = [line for line in err.splitlines() if line.startswith('error:')]
+    assert code != 0 and len(errors) == 1 and 'use a multiple of 2' in errors[0]
+    for name, value in {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}.items():
+        monkeypatch.setenv(name, value)
+    for model_class in (GPT, GPT_KAhead):
+        code, _, err = program(lambda: trainer.main(model_class), *args)
+        assert code == 2 and err.count('\n') == 1 and 'use a multiple of 2' in err
 
 
 @pytest.mark.parametrize('model_class, name', [(GPT, 'ckpt.pt'), (GPT_KAhead, 'ckpt_k_ahead.pt')])
@@ -79,7 +104,7 @@ def test_one_process_goes_on_as_two_with_a_note(args, tmp_path, program):
     args += ['--dropout=0.1']
     two_processes([*args, f'--out_dir={tmp_path / "whole"}'])
     assert program(trainer.main, *args, '--max_iters=4')[0] == 0
-    assert 'note: the number of processes was 1 and is 2 now' in torchrun(args)
+    assert 'note: the number of processes was 1 and is 2 now' in two_processes(args)
     assert losses(tmp_path / 'out') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-5)
 
 
@@ -107,7 +132,8 @@ def test_sharded_it_is_the_same_run_and_its_checkpoints_need_no_shards(model_cla
                                                                        args, tmp_path, program):
     one, two = ([*args, *options, f'--out_dir={tmp_path / name}'] for name in ('one', 'two'))
     assert program(lambda: trainer.main(model_class), *one)[0] == 0
-    assert 'sharded' in torchrun([*two, '--parallel=fsdp', '--max_iters=4'], script)
+    code, out, err = torchrun([*two, '--parallel=fsdp', '--max_iters=4'], script)
+    assert code == 0 and 'sharded' in out, err
     two_processes([*two, '--parallel=fsdp'], model_class)
     assert losses(tmp_path / 'two') == pytest.approx(losses(tmp_path / 'one'), abs=1e-5)
     mine, theirs = (load_model(tmp_path / name).model for name in ('one', 'two'))
@@ -135,7 +161,7 @@ def test_a_killed_worker_comes_back_and_the_run_ends_as_if_it_had_not_died(args,
 
 def start_torchrun(args, *options):
     """Train in two processes of torchrun's, quietly: torchrun's process."""
-    command = [*TORCHRUN, '--standalone', '--nproc_per_node=2', *options, 'train.py', *args]
+    command = [*TORCHRUN, *options, 'train.py', *args]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL,
                             env=ENV | {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})

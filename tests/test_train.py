@@ -5,25 +5,25 @@ import subprocess
 import sys
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ALL, read_metrics, without_times
+from conftest import ALL, ROOT, read_metrics, without_times
 
 import train as trainer
 from evaluate import split_loss
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
-from runtime import dataset
+from runtime import dataset, run_log
 from runtime.checkpoint import checkpoint_path
 from runtime.dataset import open_data
 from runtime.loading import load_model
+from runtime.run_log import draw_loss
 from train import TrainConfig, learning_rate_at
 
-ROOT = Path(trainer.__file__).parent
+pytestmark = pytest.mark.usefixtures('no_picture')
 
 
 def weights(path):
@@ -32,7 +32,8 @@ def weights(path):
 
 @ALL
 def test_it_learns_and_leaves_checkpoint_metrics_and_picture(model_class, tiny_args, tmp_path,
-                                                             program):
+                                                             program, monkeypatch):
+    monkeypatch.setattr(run_log, 'draw_loss', draw_loss)
     longer = ['--max_iters=60', '--eval_interval=30', '--lr_decay_iters=60', '--n_embd=32']
     code, out, _ = program(lambda: trainer.main(model_class), *tiny_args, *longer)
     assert code == 0 and 'val loss' in out and 'tokens/s' in out
@@ -210,40 +211,6 @@ def test_reduced_precision_follows_float32(dtype, tolerance, tiny_args, tmp_path
     assert (scaler.get('scale', 0) > 1) == (dtype == 'float16')
 
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-
-
-def shell(*command, **settings):
-    settings |= dict(capture_output=True, text=True, timeout=120)
-    return subprocess.run(command, cwd=ROOT, **settings)
-
-
-@pytest.mark.parametrize('script, model_class', [('train_mla.py', GPT_MLA),
-                                                 ('train_k_ahead.py', GPT_KAhead)])
-def test_two_processes_see_what_one_sees(script, model_class, tiny_args, tmp_path, program):
-    args = tiny_args + ['--gradient_accumulation_steps=4', '--dropout=0.1', '--eval_iters=3']
-    assert program(lambda: trainer.main(model_class), *args)[0] == 0
-    done = shell(*TORCHRUN, script, *args, f'--out_dir={tmp_path / "two"}')
-    assert done.returncode == 0, done.stderr
-    rows = [without_times(read_metrics(tmp_path / name)) for name in ('out', 'two')]
-    for one, two in zip(*rows, strict=True):
-        assert one.keys() == two.keys()
-        for key in one:
-            assert one[key] == pytest.approx(two[key], abs=1e-5), key
-
-
-def test_micro_batches_that_two_processes_cannot_share(tiny_args, program, monkeypatch):
-    args = tiny_args + ['--gradient_accumulation_steps=3']
-    done = shell(*TORCHRUN, 'train_mla.py', *args)
-    errors = [line for line in done.stderr.splitlines() if line.startswith('error:')]
-    assert done.returncode != 0 and len(errors) == 1 and 'use a multiple of 2' in errors[0]
-    for name, value in {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}.items():
-        monkeypatch.setenv(name, value)
-    for model_class in (GPT, GPT_KAhead):
-        code, _, err = program(lambda: trainer.main(model_class), *args)
-        assert code == 2 and err.count('\n') == 1 and 'use a multiple of 2' in err
-
-
 def test_the_best_val_loss_outlives_a_resume(tiny_args, tmp_path, program):
     args = tiny_args + ['--decay_lr=False', '--always_save_checkpoint=False']
     assert program(trainer.main, *args)[0] == 0
@@ -337,7 +304,8 @@ def test_wandb_is_imported_only_when_asked_for_and_works_offline(tiny_args, tmp_
             print('imported', 'wandb' in sys.modules)
         '''
     env = os.environ | {'WANDB_MODE': 'offline', 'WANDB_DIR': str(tmp_path), 'WANDB_SILENT': 'true'}
-    done = shell(sys.executable, '-c', program, *tiny_args, '--max_iters=1', env=env)
+    done = subprocess.run([sys.executable, '-c', program, *tiny_args, '--max_iters=1'], cwd=ROOT,
+                          env=env, capture_output=True, text=True, timeout=120)
     said = [line for line in done.stdout.splitlines() if line.startswith('imported')]
     assert done.returncode == 0 and said == ['imported False', 'imported True'], done.stderr
     assert list(tmp_path.glob('wandb/offline-run-*/*.wandb'))

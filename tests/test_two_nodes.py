@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import ROOT, read_metrics
 from test_faults import assert_same_end, end_state, wait_for
 from test_parallel import ENV, two_processes, workers_of
-from test_train import ROOT
 
 from model_mla import GPT_MLA
 
