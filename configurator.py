@@ -37,20 +37,22 @@ def exit_with(message):
     sys.exit(2)
 
 
-def check_torch():
-    """Say how to go on, and end the program, where torch cannot be imported."""
-    if importlib.util.find_spec('torch'):
+def check_installed():
+    """Say how to go on, and end the program, where its packages are missing."""
+    # data can be prepared without torch
+    package = 'numpy' if Path(sys.argv[0]).name == 'prepare.py' else 'torch'
+    if importlib.util.find_spec(package):
         return
-    installed = any(Path(__file__).parent.glob('.venv/lib/python*/site-packages/torch'))
+    installed = any(Path(__file__).parent.glob(f'.venv/lib/python*/site-packages/{package}'))
     make = '' if installed else 'make quick, which installs it in .venv, then '
-    exit_with(f'torch is not installed here: run {make}source .venv/bin/activate')
+    exit_with(f'{package} is not installed here: run {make}source .venv/bin/activate')
 
 
-check_torch()
+check_installed()
 
 # torch's allocators raise RuntimeErrors. Only the message tells them from a mistake of ours.
-OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", 'out of memory',
-                          'Storage size calculation overflowed')
+OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", 'out of memory')
+TOO_LARGE_MESSAGE = 'Storage size calculation overflowed'  # a tensor past any memory
 # what a user can mend
 FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EISDIR,
                errno.ENOTDIR)
@@ -71,7 +73,7 @@ def run(main):
             time.sleep(3)
         exit_with(e)
     except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
+        if not is_out_of_memory(e) and TOO_LARGE_MESSAGE not in str(e):
             raise
         reason = ' '.join(str(e).split())[:150]
         exit_with(f'there is not enough memory ({reason}): make the model, batch_size or '

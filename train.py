@@ -22,7 +22,8 @@ import torch
 
 from model import GPT
 from models import MODELS
-from runtime.dataset import EVALUATION, SPLITS, TRAINING, Batches, open_data
+from runtime.batches import EVALUATION, TRAINING, Batches
+from runtime.dataset import SPLITS, open_data
 from runtime.device import autocast, pick_dtype
 from runtime.loading import GPT2_NAMES, is_hugging_face
 from runtime.parallel import join_processes
@@ -48,7 +49,7 @@ def train(model_class, config, model_args, processes, stop, folder):
     compiled = device.type == 'cuda' if config.compile == 'auto' else config.compile
     net = processes.wrap(torch.compile(model) if compiled else model)
 
-    # batches, log, checkpoints
+    # all checks have passed: take the folder, then batches, log, checkpoints
     folder.claim(state.damaged)
     batches = Batches(data, config.batch_size, model.config.block_size,
                       model.config.vocab_size, config.seed, device)
@@ -66,8 +67,8 @@ def train(model_class, config, model_args, processes, stop, folder):
             group['lr'] = lr
 
         # evaluate, and save what is worth it
-        last = state.iter_num >= config.max_iters or config.eval_only
-        if last or state.iter_num % config.eval_interval == 0:
+        is_final = state.iter_num >= config.max_iters or config.eval_only
+        if is_final or state.iter_num % config.eval_interval == 0:
             pending.settle()
             losses = estimate_loss(model, batches, config, dtype, processes, log)
             check_finite('the loss in training and validation', state.iter_num,
@@ -79,14 +80,14 @@ def train(model_class, config, model_args, processes, stop, folder):
             saved = saver.after_evaluation(losses['val_loss'])
             log.evaluation(row, saved)
             pending.restart_clock()
-        if last:
+        if is_final:
             break
 
         # forward and backward, one micro-batch after the other
         loss_sum = torch.zeros(1 + model.n_predictions, device=device)  # all heads, and each
-        first = state.iter_num * config.gradient_accumulation_steps + processes.rank
+        first_number = state.iter_num * config.gradient_accumulation_steps + processes.rank
         for micro_step in range(micro_steps):
-            x, y = batches.draw('train', TRAINING, first + micro_step * processes.size)
+            x, y = batches.draw('train', TRAINING, first_number + micro_step * processes.size)
             processes.gradient_sync(net, now=micro_step == micro_steps - 1)
             with autocast(device.type, dtype):
                 loss = net(x, y)[1] / micro_steps
@@ -215,9 +216,10 @@ class TrainConfig:
     seed: int = 1337  # decides weights, data order and dropout
 
     def __post_init__(self):
-        check_least(self, eval_interval=1, log_interval=1, eval_iters=1, batch_size=1, max_iters=0,
-                    gradient_accumulation_steps=1, learning_rate=0, min_lr=0, weight_decay=0,
-                    grad_clip=0, warmup_iters=0, lr_decay_iters=0, seed=0, keep_checkpoints=1)
+        check_least(self, eval_interval=1, log_interval=1, eval_iters=1,
+                    gradient_accumulation_steps=1, batch_size=1, max_iters=0, learning_rate=0,
+                    min_lr=0, weight_decay=0, grad_clip=0, warmup_iters=0, lr_decay_iters=0,
+                    seed=0, keep_checkpoints=1)
         if self.keep_checkpoints > 1000:
             raise ValueError(f'keep_checkpoints={self.keep_checkpoints} must be at most 1000')
         for key in ('out_dir', 'dataset'):

@@ -99,6 +99,15 @@ class Processes:
         value = value.full_tensor()
         return value.cpu() if self.is_first else None
 
+    def full_state(self, model, optimizer):
+        """The state dictionaries of model and optimizer as one process would have them, for a
+        checkpoint of the first process. All processes have to call it."""
+        weights, state = model.state_dict(), optimizer.state_dict()
+        if self.sharded:
+            weights, state = self.gather(weights), self.gather(state)
+            weights['transformer.wte.weight'] = weights['lm_head.weight']  # tied: written once
+        return weights, state
+
     def load_optimizer(self, optimizer, state):
         """Give an optimizer the state that gather() put together, or that an optimizer of one
         process has."""

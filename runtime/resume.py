@@ -29,7 +29,7 @@ DECIDE_BATCHES = ('dataset', 'seed', 'batch_size', 'gradient_accumulation_steps'
 
 @dataclass
 class RunState:
-    """All that changes in the course of a run, and that its checkpoints hold."""
+    """What changes in the course of a run and goes into its checkpoints, and how it began."""
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -46,7 +46,7 @@ class Found:
     """The newest sound checkpoint of a run."""
     path: Path
     checkpoint: dict
-    damaged: list  # newer files that are not sound: pairs of a path and a line on it
+    damaged: list  # files that are not sound: pairs of a path and a line on it
 
 
 def resolve_init_from(config, model_type):

@@ -32,9 +32,13 @@ class RunFolder:
         self.existed = os.path.isdir(self.out_dir)
 
     def __enter__(self):
-        if self.writes and self.existed:
-            self.lock()
-        self.processes.barrier()
+        try:
+            if self.writes and self.existed:
+                self.lock()
+            self.processes.barrier()
+        except BaseException:
+            self.held.close()
+            raise
         return self
 
     def __exit__(self, *_):
@@ -61,8 +65,8 @@ class RunFolder:
     def archive_earlier_run(self, log):
         """Move what an earlier run with this kind of model left here to a new folder in out_dir,
         and say so. Raises UserError where it cannot be moved."""
-        earlier = run_checkpoints(self.out_dir, self.model_type)
-        if not self.writes or not earlier:
+        earlier = run_checkpoints(self.out_dir, self.model_type) if self.writes else []
+        if not earlier:
             return
         candidates = (Path(self.out_dir) / f'before-{number}' for number in itertools.count(1))
         archive = next(path for path in candidates if not path.exists())

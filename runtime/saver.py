@@ -65,13 +65,8 @@ class CheckpointSaver:
         """Write the state to path. Returns what to say of it, '' if that failed in any process.
         All processes have to call it."""
         state, processes = self.state, self.processes
-        weights, optimizer = None, state.optimizer.state_dict()
-        if processes.sharded:
-            weights = processes.gather(state.model.state_dict())
-            optimizer = processes.gather(optimizer)
+        weights, optimizer = processes.full_state(state.model, state.optimizer)
         if self.folder.writes:
-            if weights:
-                weights['transformer.wte.weight'] = weights['lm_head.weight']  # tied: written once
             self.failure = ''
             try:
                 save_checkpoint(

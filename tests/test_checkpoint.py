@@ -242,3 +242,18 @@ def test_a_full_disk_costs_nothing_and_leaves_nothing(tmp_path, program):
         assert err.count('\n') == 1 and 'cannot be written' in err
     assert [p for p in tmp_path.rglob('*') if p.is_file()] == [tmp_path / 'ckpt.pt']
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
+
+@pytest.mark.parametrize('message, error', [
+    ('Storage size calculation overflowed', ckpt.DamagedError),  # of a size that is damaged
+    ("DefaultCPUAllocator: can't allocate memory", RuntimeError)])
+def test_a_size_that_cannot_be_is_damage_and_a_full_memory_is_not(
+        message, error, tmp_path, monkeypatch):
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError(message)
+    monkeypatch.setattr(torch, 'load', fail)
+    with pytest.raises(error) as e:
+        ckpt.read_checkpoint(tmp_path / 'ckpt.pt')
+    assert type(e.value) is error

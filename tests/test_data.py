@@ -5,12 +5,15 @@ import hashlib
 import http.client
 import importlib
 import string
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 from configurator import UserError
 
 import pytest
+from conftest import ROOT
 
 from data import tiny_shakespeare
 from runtime.dataset import open_data
@@ -117,3 +120,13 @@ def test_prepare(name, expected, tmp_path, monkeypatch, program):
     text = (tmp_path / 'input.txt').read_text()
     decode = data.tokenizer.decode
     assert decode(data.train.tolist()) + decode(data.val.tolist()) == text
+
+
+def test_data_is_prepared_without_torch():
+    """Importing it takes seconds in every worker, and a machine for data may lack it."""
+    names = ('openwebtext', 'shakespeare', 'shakespeare_char')
+    imports = '; '.join(f'import data.{name}.prepare' for name in names)
+    program = f'import sys; sys.argv = ["prepare.py"]; {imports}; print("torch" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
+    assert done.stdout == 'False\n', done.stderr
