@@ -33,7 +33,6 @@ from configurator import UserError, build, check_least, configure, run
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from export_huggingface import to_hugging_face
 from generate import DecodeStats, generate, new_cache
@@ -42,6 +41,7 @@ from models import MODELS, describe
 from runtime.cpu_linear import use_cpu_linear
 from runtime.device import autocast, pick_device, pick_dtype
 from runtime.loading import load_model
+from runtime.progress import progress_bar
 from runtime.tokenizer import package_folder
 from sample import check_temperature
 
@@ -122,10 +122,6 @@ def describe_machine(device_type):
 def conditions(config, dtype, machine):
     return (f'batch of {config.batch_size}, {str(dtype).removeprefix("torch.")}, '
             f'{machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}')
-
-
-def progress_bar(items=None, **settings):
-    return tqdm(items, leave=False, disable=not sys.stderr.isatty(), **settings)
 
 
 def synchronize(device_type):

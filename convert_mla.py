@@ -23,7 +23,7 @@ from configurator import UserError, check_least, configure, run
 
 import torch
 
-from evaluate import progress, split_loss
+from evaluate import split_loss
 from model import GPT
 from model_mla import GPT_MLA, MLAConfig
 from models import describe
@@ -31,6 +31,7 @@ from runtime.checkpoint import checkpoint_path, save_checkpoint
 from runtime.dataset import draw_batch
 from runtime.device import pick_device
 from runtime.loading import load_model
+from runtime.progress import progress_bar
 
 
 @dataclass
@@ -143,7 +144,7 @@ def convert(model, n_latent, moments=None):
 def calibration_windows(data, block_size, config, device):
     """About calibration_tokens of the training split, in windows (1, block_size)."""
     count = -(-config.calibration_tokens // block_size)
-    for number in progress(range(count), 'calibration'):
+    for number in progress_bar(range(count), 'calibration'):
         x, _ = draw_batch(data.train, 1, block_size, (config.seed,), number)
         yield torch.from_numpy(x).to(device)
 

@@ -35,12 +35,12 @@ import torch
 from scipy.special import stdtrit
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from models import describe
 from runtime.dataset import check_ids
 from runtime.device import autocast, pick_device, pick_dtype
 from runtime.loading import load_model
+from runtime.progress import progress_bar
 from sample import encode
 
 LOGIT_ROWS = 2048  # tokens whose logits are alive at once: 400 MB with GPT-2's vocabulary
@@ -70,10 +70,6 @@ class EvaluateConfig:
         if self.max_tokens == 1:
             raise ValueError('max_tokens=1 leaves nothing to predict: give at least 2, or 0 for '
                              'all')
-
-
-def progress(items, what):
-    return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 @torch.no_grad()
@@ -111,7 +107,7 @@ def window_losses(model, tokens, dtype=torch.float32, batch_size=64):
     if len(whole) < len(starts):
         groups.append([starts[-1]])  # the shorter one at the end
     sums = []
-    for group in progress(groups, 'loss'):
+    for group in progress_bar(groups, 'loss'):
         windows = np.stack([tokens[i:i + block_size + 1] for i in group])  # (B, T + 1)
         windows = torch.from_numpy(windows.astype(np.int64)).to(device)
         sums.append(token_losses(model, windows[:, :-1], windows[:, 1:], dtype).sum(dim=1))
@@ -244,7 +240,7 @@ def ending_losses(model, questions, dtype, batch_size):
         groups.append(order[:count])
         order = order[count:]
     nats = np.zeros(len(rows))
-    for group in progress(groups, 'endings'):
+    for group in progress_bar(groups, 'endings'):
         # padded on the right, where no token looks
         idx = pad_sequence([rows[i][0] for i in group], batch_first=True)
         targets = pad_sequence([rows[i][1] for i in group], batch_first=True, padding_value=-1)

@@ -22,13 +22,13 @@ from configurator import UserError, check_least, configure, run
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from generate import DecodeStats, decode
 from models import describe
 from runtime.cpu_linear import use_cpu_linear
 from runtime.device import pick_device, pick_dtype
 from runtime.loading import GPT2_NAMES, is_hugging_face, load_model
+from runtime.progress import progress_bar
 
 
 @dataclass
@@ -193,8 +193,8 @@ def sample(config, trained, prompt, stop, stats):
     """Draw and print all samples. Returns the number of their tokens, without stop tokens."""
     batch_size = 1 if config.stream else config.batch_size
     n_tokens = 0
-    progress = tqdm(total=config.num_samples * config.max_new_tokens, unit=' tokens', leave=False,
-                    disable=config.stream or not sys.stderr.isatty())
+    progress = progress_bar(total=config.num_samples * config.max_new_tokens, unit=' tokens',
+                            disable=config.stream)
     for first in range(0, config.num_samples, batch_size):
         numbers = range(first, min(first + batch_size, config.num_samples))
         steps = draw_samples(config, trained, prompt, stop, numbers, stats)

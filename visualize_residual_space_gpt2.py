@@ -30,6 +30,7 @@ from analysis import program
 from analysis.plots import token_labels
 from analysis.record import residual_streams
 from models import describe
+from runtime.progress import progress_bar
 
 MARKERS = 'os^Dv<>Pp*hX'  # of the copies of a repeated sequence
 FRAMES_PER_LAYER = 8
@@ -265,7 +266,7 @@ def save_animation(path, name, result, labels=True):
     last = len(result.layers) - 1
     moments = np.linspace(0, last, last * FRAMES_PER_LAYER + 1)
     with writer.saving(figure, path, dpi=90):
-        for moment in program.progress(moments, 'animation'):
+        for moment in progress_bar(moments, 'animation'):
             before, part = int(moment), moment % 1
             after = min(before + 1, last)
             points = (1 - part) * result.coordinates[before] + part * result.coordinates[after]

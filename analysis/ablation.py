@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from analysis.plots import Panel, draw_panels, field_maps, symmetric
-from analysis.program import AnalysisConfig, main, progress, top_heads
+from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import edit_head, final_stream, record, run_from
 from evaluate import stream_losses
+from runtime.progress import progress_bar
 
 
 @dataclass
@@ -67,7 +68,7 @@ def mean_outputs(model, windows):
     """The mean output of each head over windows, tensors (B, T): for each layer
     (n_head, T, head_dim)."""
     totals, count = [0.0] * model.config.n_layer, 0
-    for idx in progress(windows, 'mean outputs'):
+    for idx in progress_bar(windows, 'mean outputs'):
         for block in record(model, idx):
             totals[block.layer] = totals[block.layer] + block.z.sum(0)
         count += len(idx)
@@ -91,7 +92,7 @@ def ablate(model, idx, means, positions, what):
         entering.append(block.before)
     whole = measure(model, block.after, targets, positions)
     without = np.empty((2, len(entering), model.config.n_head, *whole.shape))
-    for layer, head in progress(list(np.ndindex(without.shape[1:3])), what):
+    for layer, head in progress_bar(list(np.ndindex(without.shape[1:3])), what):
         for method, change in enumerate((torch.zeros_like, means[layer][head].expand_as)):
             edit = edit_head(layer, head, change)
             x = final_stream(run_from(model, entering[layer], layer, edit))

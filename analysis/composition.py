@@ -25,7 +25,8 @@ import torch
 
 from analysis.circuits import Heads, centred, folded_heads, head_names, r_factor
 from analysis.plots import Panel, draw_panels, field_maps, symmetric
-from analysis.program import AnalysisConfig, main, progress
+from analysis.program import AnalysisConfig, main
+from runtime.progress import progress_bar
 
 KINDS = {'q': 'Q', 'k': 'K', 'v': 'V'}
 
@@ -109,7 +110,7 @@ def analyse(subject, config):
     means, spreads = chance(c.n_embd, c.n_embd // c.n_head, config.random_pairs, config.seed)
     n_heads = c.n_layer * c.n_head
     result = {kind: np.full((n_heads, n_heads), np.nan) for kind in KINDS}
-    for layer in progress(range(1, c.n_layer), 'composition'):
+    for layer in progress_bar(range(1, c.n_layer), 'composition'):
         start = layer * c.n_head
         earlier, own = layers(heads, slice(layer)), layers(heads, slice(layer, layer + 1))
         for kind, scores in compositions(earlier, own).items():

@@ -31,7 +31,8 @@ from analysis.circuits import folded_embedding, folded_heads, folded_unembedding
 from analysis.ioi import single_token_names
 from analysis.plots import Panel, draw_panels, field_maps
 from analysis.program import AnalysisConfig as Config
-from analysis.program import main, progress, top_heads
+from analysis.program import main, top_heads
+from runtime.progress import progress_bar
 
 
 @dataclass
@@ -77,7 +78,7 @@ def analyse(subject, config):
     behind_mlp = token_vectors(model, names)
     shape = model.config.n_layer, model.config.n_head
     score, top5, bottom5 = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    for layer, head in progress(list(np.ndindex(shape)), 'copying'):
+    for layer, head in progress_bar(list(np.ndindex(shape)), 'copying'):
         place = layer, head
         W_V, W_O = heads.W_V[place], heads.W_O[place]
         score[place] = eigenvalue_score(W_V, W_O, UE)

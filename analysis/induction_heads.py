@@ -18,8 +18,9 @@ from configurator import UserError, run
 import numpy as np
 
 from analysis.plots import Panel, draw_panels, field_maps
-from analysis.program import AnalysisConfig, main, progress, top_heads
+from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import record, repeated_tokens
+from runtime.progress import progress_bar
 
 
 @dataclass
@@ -59,7 +60,7 @@ def patterns_over_copies(subject, config, n, what):
     (B, n_head, 2 n, 2 n)."""
     idx = repeated_tokens(subject.n_vocab, config.sequences, n, config.seed).to(subject.device)
     size = batch_size(subject.model, 2 * n)
-    for start in progress(range(0, len(idx), size), what):
+    for start in progress_bar(range(0, len(idx), size), what):
         for block in record(subject.model, idx[start:start + size]):
             yield start, block.layer, block.pattern()
 

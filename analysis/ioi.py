@@ -30,8 +30,9 @@ import numpy as np
 import torch
 
 from analysis.plots import Panel, draw_panels, field_maps, symmetric
-from analysis.program import AnalysisConfig, main, progress, top_heads
+from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import edit_head, final_stream, record, run_from
+from runtime.progress import progress_bar
 
 TEMPLATES = (
     'When{A} and{B} walked to the{place},{B} gave a{thing} to',
@@ -221,7 +222,7 @@ def patch(model, clean, corrupted):
                                                    (clean.io, clean.s, clean.end)), roles=None)
     where = clean.roles.reshape(n_roles * B, T, 1)
     results = torch.empty(len(clean_z), clean_z[0].size(1), n_roles, B)
-    for layer, head in progress(list(np.ndindex(results.shape[:2])), 'patching'):
+    for layer, head in progress_bar(list(np.ndindex(results.shape[:2])), 'patching'):
         restored = clean_z[layer][:, head].repeat(n_roles, 1, 1)
         edit = edit_head(layer, head, partial(torch.where, where, restored))
         entering = corrupted_run[layer].before.repeat(n_roles, 1, 1)

@@ -30,7 +30,8 @@ from matplotlib.figure import Figure
 
 from analysis.circuits import folded_heads, folded_unembedding, joint_reading_space, token_vectors
 from analysis.plots import token_labels
-from analysis.program import AnalysisConfig, main, progress
+from analysis.program import AnalysisConfig, main
+from runtime.progress import progress_bar
 
 
 @dataclass
@@ -143,7 +144,7 @@ def analyse(subject, config):
     latents = find_latents(subject, heads)
     vocabulary = Vocabulary(subject, config.tokens)
     result = LatentDirections([], [], *np.zeros((3, len(latents))), [], config.alone)
-    for layer, basis in enumerate(progress(latents, 'latent directions')):
+    for layer, basis in enumerate(progress_bar(latents, 'latent directions')):
         G_K, G_V = users(heads, layer, basis)
         squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(G_K + G_V))
         strengths = squares.clamp_min(0).sqrt().tolist()

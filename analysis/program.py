@@ -23,7 +23,6 @@ from configurator import UserError, check_least, configure
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from models import describe
 from runtime.device import pick_device
@@ -105,10 +104,6 @@ def load_subject(source, device, key='model'):
             raise UserError(f'{key}={source} has weights that are not finite, in {name}: give '
                             'another checkpoint')
     return subject
-
-
-def progress(items, what):
-    return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 def read_command(config_class):

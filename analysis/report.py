@@ -17,6 +17,7 @@ from configurator import UserError, run
 from analysis import program
 from models import MODELS, describe
 from runtime.loading import find_checkpoint, is_hugging_face
+from runtime.progress import progress_bar
 
 PARTS = {
     'induction_heads': 'The prefix-matching score is the mean attention, over the second copy of '
@@ -148,12 +149,12 @@ def main():
         print(f'{label}: {describe(subject.model)}')
     body = [heading(subjects)]
     sources = {label: subject.source for label, subject in subjects.items()}
-    for name in program.progress(list(PARTS), 'report'):
+    for name in progress_bar(list(PARTS), 'report'):
         module, results, left_out = run_part(name, subjects, config)
         if results:
             figures = {name: module.plot(results)}
-            program.save(name, {'models': sources, **results}, figures,
-                 settings(module, config, config.model), out_dir)
+            used = settings(module, config, config.model)
+            program.save(name, {'models': sources, **results}, figures, used, out_dir)
         for line in left_out:
             print(f'{name}: left out for {line}')
         body.append(section(name, module, results, left_out, out_dir))

@@ -28,8 +28,9 @@ from scipy.optimize import linear_sum_assignment
 
 from analysis.circuits import centred, head_names, r_factor
 from analysis.plots import Panel, draw_panels
-from analysis.program import AnalysisConfig, load_subject, main, progress
+from analysis.program import AnalysisConfig, load_subject, main
 from analysis.record import record
+from runtime.progress import progress_bar
 
 
 @dataclass
@@ -63,7 +64,7 @@ def cka_table(rows, columns):
     other_sizes = [(Y.mT @ Y).norm().item() for Y in columns]
     scores = np.zeros((len(rows), len(columns)))
     everything, widths = torch.cat(columns, dim=1), [Y.size(1) for Y in columns]
-    for i, X in enumerate(progress(rows, 'CKA')):
+    for i, X in enumerate(progress_bar(rows, 'CKA')):
         products = (X.mT @ everything).split(widths, dim=1)
         for j, product in enumerate(products):
             scores[i, j] = product.square().sum() / max(sizes[i] * other_sizes[j], 1e-300)
@@ -80,7 +81,7 @@ def activations(model, windows):
     # z times the triangular one.
     factors = [r_factor(centred(block.attn.head_weights()[-1].detach()).mT).mT
                for block in model.transformer.h]
-    for idx in progress(windows, 'activations'):
+    for idx in progress_bar(windows, 'activations'):
         for block in record(model, idx):
             if block.layer == 0:
                 streams[0].append(centred(block.before).flatten(0, 1))

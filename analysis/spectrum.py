@@ -42,8 +42,9 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.circuits import centred, folded_heads, joint_reading_space, product_singular_values
-from analysis.program import AnalysisConfig, main, progress
+from analysis.program import AnalysisConfig, main
 from analysis.record import record
+from runtime.progress import progress_bar
 
 TRACY_WIDOM = 3.27  # 99.9 % of noise's largest eigenvalues are below it, in Tracy-Widom's unit
 PRODUCTS = {'QK': 'W_Q W_K^T', 'OV': 'W_V W_O'}
@@ -164,7 +165,7 @@ def joined(layers):
 def of_activations(model, windows):
     """Spectra of the scores and of what is written, over windows of tokens, tensors (B, T)."""
     per_layer = [[] for _ in model.transformer.h]
-    for idx in progress(windows, 'activations'):
+    for idx in progress_bar(windows, 'activations'):
         for block in record(model, idx):
             qkv = torch.stack([block.q, block.k, block.v])  # (3, B, n_head, T, head_dim)
             per_layer[block.layer].append(qkv.transpose(1, 2).flatten(2, 3))

@@ -25,7 +25,8 @@ import torch
 from analysis.circuits import folded_heads, head_names, joint_reading_space, orthonormal
 from analysis.plots import Panel, draw_panels, field_maps
 from analysis.program import AnalysisConfig as Config
-from analysis.program import main, progress
+from analysis.program import main
+from runtime.progress import progress_bar
 
 PAIRS = (('output', 'output'), ('key', 'key'), ('value', 'value'), ('output', 'key'),
          ('output', 'value'), ('key', 'value'))
@@ -117,7 +118,7 @@ def analyse(subject, config):
         latent_overlap=overlaps_of_latents(latents),
         latent_chance=np.maximum.outer(ranks, ranks) / n_dimensions,
         chance_in_latent=float(chance_in_latent))
-    for first, second in progress(PAIRS, 'subspaces'):
+    for first, second in progress_bar(PAIRS, 'subspaces'):
         overlap, angles, chance = compare_spaces(bases[first], bases[second], n_dimensions)
         across = ~same_layer
         if first == 'output' != second:

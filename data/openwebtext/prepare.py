@@ -45,9 +45,9 @@ sys.path.insert(0, str(HERE.parents[1]))
 from configurator import UserError, check_least, configure, run
 
 import numpy as np
-from tqdm import tqdm
 
 from runtime.lock import locked
+from runtime.progress import progress_bar
 from runtime.tokenizer import gpt2_encoding
 
 VAL_SHARE, SEED = 0.0005, 2357  # nanoGPT's split
@@ -147,17 +147,13 @@ def join_parts(parts, out_dir):
     """Write the bin of each split from its parts. Both get their names after both are complete."""
     for split in parts:
         with open(out_dir / f'{split}.bin.partial', 'wb') as out:
-            for path in tqdm(parts[split], desc=f'{split}.bin', **bar_settings()):
+            for path in progress_bar(parts[split], f'{split}.bin'):
                 with open(path, 'rb') as part:
                     shutil.copyfileobj(part, out, 1 << 20)
             out.flush()
             os.fsync(out.fileno())  # before the parts are removed
     for split in parts:
         os.replace(out_dir / f'{split}.bin.partial', out_dir / f'{split}.bin')
-
-
-def bar_settings():
-    return dict(leave=False, disable=not sys.stderr.isatty())
 
 
 def find_files(pattern):
@@ -393,7 +389,7 @@ def in_workers(pool, function, tasks, **bar):
     particular order."""
     futures = {pool.submit(function, *arguments): amount for arguments, amount in tasks}
     total = sum(futures.values())
-    with tqdm(total=total, unit_scale=True, **bar_settings(), **bar) as progress:
+    with progress_bar(total=total, unit_scale=True, **bar) as progress:
         try:
             for future in as_completed(futures):
                 future.result()
