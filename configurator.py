@@ -9,6 +9,10 @@ of dataclasses are the known keys. Their types, defaults and comments are those 
 --help prints them. A comment that is too long goes on in a line of its own, indented further than
 the field.
 
+~/ at the beginning of a config file's path or of a value is the home folder, except in a text that
+the model reads (TEXT_KEYS). A config file that does not exist from the working directory is looked
+for in the project's folder.
+
 Every program imports this module before any package. It says how to go on where torch is missing.
 """
 
@@ -53,6 +57,7 @@ check_installed()
 # torch's allocators raise RuntimeErrors. Only the message tells them from a mistake of ours.
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", 'out of memory')
 TOO_LARGE_MESSAGE = 'Storage size calculation overflowed'  # a tensor past any memory
+TEXT_KEYS = ('start', 'stop', 'prompt', 'prompts')  # in their values ~ is a character
 # what a user can mend
 FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EISDIR,
                errno.ENOTDIR)
@@ -64,7 +69,11 @@ class UserError(Exception):
 
 def run(main):
     """Call main(). A UserError ends the program with its one line and exit code 2. An error of the
-    project's own gives a traceback."""
+    project's own gives a traceback. A character that the encoding of the output lacks is printed
+    as its number, \\xe9, since the name of a folder must not end a program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     try:
         main()
     except UserError as e:
@@ -137,11 +146,12 @@ def configure(argv, config_class, model_config_class=None, positional=(), elsewh
         elif is_value(arg, hints) and (key := next(places, None)):
             settings, prefix = {key: read_value(arg, hints[key])}, '--'
         else:
-            settings, prefix = run_config_file(arg, standing | given), f'{arg}: '
+            settings, prefix = run_config_file(find_file(arg), standing | given), f'{arg}: '
         for key, value in settings.items():
             if key not in hints:
                 raise unknown_key(key, hints, prefix, elsewhere or {})
-            given[key] = checked(value, hints[key], prefix + key)
+            value = checked(value, hints[key], prefix + key)
+            given[key] = value if key in TEXT_KEYS else from_home(value)
 
     def pick(settings, cls):
         return {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
@@ -179,6 +189,20 @@ def read_value(text, hint):
         return text  # the check of its type will judge it
 
 
+def from_home(value):
+    """value, and where it is a text that is ~ or begins with ~/, with the home folder for ~."""
+    is_at_home = isinstance(value, str) and (value + '/').startswith('~/')
+    return os.path.expanduser(value) if is_at_home else value
+
+
+def find_file(arg):
+    """The path of the config file arg. The working directory wins over the project's folder."""
+    path = from_home(arg)
+    ours = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+    is_ours = path.endswith('.py') and not os.path.isfile(path) and os.path.isfile(ours)
+    return ours if is_ours else path
+
+
 def run_config_file(path, standing):
     """The keys that the Python file at path assigns. It may read the values that stand so far."""
     if not os.path.isfile(path):
@@ -213,10 +237,22 @@ def unknown_key(key, hints, prefix, elsewhere):
     """The UserError for a key that the program does not have."""
     if key in elsewhere:
         return UserError(f'unknown key {prefix}{key}: it is a key of {elsewhere[key]}')
-    near = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
+    near = nearest_key(key, hints)
     other = '' if prefix == '--' else ', or is the file for another program'
-    remedy = f'; did you mean {near[0]}{other}?' if near else f'; --help lists the keys{other}'
+    remedy = f'; did you mean {near}{other}?' if near else f'; --help lists the keys{other}'
     return UserError(f'unknown key {prefix}{key}{remedy}')
+
+
+def nearest_key(key, hints):
+    """The one of hints that key is the beginning of, where it is the only one, or else that key is
+    spelt much like; None if there is none. _, - and capitals do not count."""
+    def plain(name):
+        return name.replace('_', '').replace('-', '').lower()
+    names = {plain(name): name for name in hints}
+    longer = [name for name in names if len(plain(key)) > 2 and name.startswith(plain(key))]
+    # At 0.8 a swap of two letters in a key of five is near, and momentum is near none of our keys.
+    near = longer if len(longer) == 1 else difflib.get_close_matches(plain(key), names, 1, 0.8)
+    return names[near[0]] if near else None
 
 
 def checked(value, hint, where):

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -5,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import configurator
-from configurator import UserError, build, configure, is_out_of_memory, run
+from configurator import UserError, build, configure, is_out_of_memory, nearest_key, run
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import train
 from model import GPT, GPTConfig
 from model_k_ahead import KAheadConfig
 from model_mla import GPT_MLA, MLAConfig
+from sample import SampleConfig
 from train import TrainConfig
 
 
@@ -252,3 +254,113 @@ def test_only_what_is_for_want_of_memory_is_called_so(capsys):
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError('CUDA out of memory'))
     assert not is_out_of_memory(ValueError('out of memory'))
+
+
+PRINT_AND_FAIL = '''
+import sys
+from configurator import UserError, run
+def main():
+    print(sys.argv[1])
+    print('still here', flush=True)
+    print(sys.argv[1], file=sys.stderr)
+    raise UserError(sys.argv[1])
+run(main)
+'''
+
+
+@pytest.mark.parametrize('encoding, lost', [('ascii', 'é東🙂\udcff'), ('cp1252', '東🙂\udcff'),
+                                            ('utf-8', '\udcff')])
+def test_what_the_encoding_lacks_is_printed_as_its_number(encoding, lost):
+    """stdout and stderr are redirected, as to a log. The last character is the byte 0xff of an
+    argument that is no UTF-8."""
+    env = os.environ | {'PYTHONIOENCODING': encoding, 'PYTHONUTF8': '1'}
+    done = subprocess.run([sys.executable, '-c', PRINT_AND_FAIL, 'é東🙂\udcff'], env=env,
+                          cwd=Path(configurator.__file__).parent, capture_output=True, timeout=60)
+    numbers = {'é': r'\xe9', '東': r'\u6771', '🙂': r'\U0001f642', '\udcff': r'\udcff'}
+    text = ''.join(numbers[c] if c in lost else c for c in 'é東🙂\udcff')
+    assert done.returncode == 2
+    assert done.stdout.decode(encoding) == f'{text}\nstill here\n'
+    assert done.stderr.decode(encoding) == f'{text}\nerror: {text}\n'
+
+
+def test_a_stream_that_cannot_be_configured_is_left_alone(monkeypatch):
+    class Lines(list):
+        def write(self, text):
+            self.append(text)
+    lines = Lines()
+    monkeypatch.setattr(sys, 'stdout', lines)
+    monkeypatch.setattr(sys, 'stderr', None)  # as under pythonw
+    run(lambda: print('here'))
+    assert lines == ['here', '\n']
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path / 'home'))
+    (tmp_path / 'home').mkdir()
+    return tmp_path / 'home'
+
+
+def test_a_tilde_is_the_home_folder(home):
+    path = config_file(home, 'text = "~/y"\n')
+    assert settings('--text=~/x').text == f'{home}/x' and settings('--text=~').text == str(home)
+    assert settings('~/c.py').text == settings(path).text == f'{home}/y'
+    read = configure(['~/x'], SampleConfig, positional=('model',), out_dir='~')[0]
+    assert read.model == f'{home}/x'
+    for text in ('~x', 'a/~/x', './~/x', '', ' ~/x', 'FILE:~/x'):
+        assert settings(f'--text={text}').text == text
+    with pytest.raises(UserError, match=f'there is no config file .{home}/none.py'):
+        settings('~/none.py')
+
+
+def test_a_tilde_in_a_text_that_the_model_reads_is_a_character(home):
+    read = configure(['--start=~/x', '--stop=~', '--out_dir=~/x'], SampleConfig)[0]
+    assert read == SampleConfig(start='~/x', stop='~', out_dir=f'{home}/x')
+
+
+def test_a_config_file_is_looked_for_in_the_projects_folder_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = 'config/train_gpt2.py'
+    assert configure([name], TrainConfig, GPTConfig)[0].wandb_project == 'owt'
+    (tmp_path / 'config').mkdir()
+    config_file(tmp_path / 'config', 'wandb_project = "mine"\n', 'train_gpt2.py')
+    assert configure([name], TrainConfig, GPTConfig)[0].wandb_project == 'mine'
+    for missing in ('config/none.py', 'README.md', 'config'):
+        with pytest.raises(UserError, match=f'no config file {missing!r}'):
+            configure([missing], TrainConfig, GPTConfig)
+
+
+def keys(*classes):
+    return [key for cls in classes for key in cls.__dataclass_fields__]
+
+
+@pytest.mark.parametrize('typed, meant', [
+    ('batchsize', 'batch_size'), ('max_iter', 'max_iters'), ('n_heads', 'n_head'),
+    ('learningrate', 'learning_rate'), ('learning-rate', 'learning_rate'), ('outdir', 'out_dir'),
+    ('OUT_DIR', 'out_dir'), ('datset', 'dataset'), ('dropuot', 'dropout'), ('n_layers', 'n_layer'),
+    ('layers', 'n_layer'), ('n_embed', 'n_embd'), ('latent', 'n_latent'),
+    ('warmup', 'warmup_iters'), ('weight_decya', 'weight_decay'), ('compil', 'compile'),
+    ('Seed', 'seed'), ('max_itters', 'max_iters'), ('evalinterval', 'eval_interval')])
+def test_a_slip_of_the_pen_names_the_key(typed, meant):
+    assert nearest_key(typed, keys(TrainConfig, MLAConfig)) == meant
+    with pytest.raises(UserError, match=f'unknown key --{typed}; did you mean {meant}.$'):
+        configure([f'--{typed}=1'], TrainConfig, MLAConfig)
+
+
+@pytest.mark.parametrize('typed', [
+    'momentum', 'epochs', 'optimizer', 'foo', 'steps', 'gpus', 'num_workers',
+    'precision', 'resume', 'prompt', 'size', 'x', '', 'eval', 'la'])
+def test_a_word_that_is_near_no_key_names_none(typed):
+    assert nearest_key(typed, keys(TrainConfig, MLAConfig)) is None
+    with pytest.raises(UserError, match=f'unknown key --{typed}; --help lists the keys$'):
+        configure([f'--{typed}=1'], TrainConfig, MLAConfig)
+
+
+def test_slips_in_keys_of_other_programs():
+    sampling = keys(SampleConfig)
+    for typed, meant in (('temp', 'temperature'), ('topk', 'top_k'), ('num_sample', 'num_samples'),
+                         ('samples', 'num_samples'), ('max_token', 'max_new_tokens')):
+        assert nearest_key(typed, sampling) == meant
+    assert nearest_key('lenght', ['sequences', 'length', 'seed']) == 'length'
+    assert nearest_key('beam', sampling) is nearest_key('length', sampling) is None
