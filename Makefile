@@ -30,7 +30,7 @@ assets: .venv/installed data/shakespeare_char/meta.pkl
 	cp $(QUICK)/comparison.png assets/
 	$(RUN) -m analysis.report $(QUICK)/ckpt.pt $(QUICK)/ckpt_mla.pt
 	for name in attention_patterns copying composition subspaces latent_directions spectrum ablation similarity; do \
-		cp out_report/$$name.png assets/report_$$name.png || exit 1; done
+		cp out_report/$(QUICK)/ckpt.pt-vs-ckpt_mla.pt/$$name.png assets/report_$$name.png || exit 1; done
 	$(RUN) visualize_residual_space_gpt2.py $(QUICK)/ckpt_mla.pt \
 		--prompt="To be, or not to be, that is the question" --out_dir=out_residual_space
 	cp out_residual_space/residual_trajectories.png assets/mlapca.png

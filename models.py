@@ -3,6 +3,7 @@ The models of this project. Checkpoints, samplers, benchmarks, comparison and re
 here by their model_type. A new attention needs its import and one line in MODELS.
 """
 
+import math
 from typing import NamedTuple
 
 from model import GPT
@@ -32,3 +33,8 @@ def describe(model):
     millions = model.get_num_params(non_embedding=False) / 1e6
     return (f'{name}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide{latent}{ahead}, '
             f'context {c.block_size}, {millions:.2f} M parameters')
+
+
+def cached_numbers(model):
+    """How many numbers decoding remembers of each token, in all layers together."""
+    return sum(math.prod(shape) for layer in model.cache_shapes(1, 1) for shape in layer)

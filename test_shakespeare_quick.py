@@ -10,7 +10,6 @@ and no test. It writes results.json, comparison.png, samples.txt and both checkp
 """
 
 import json
-import math
 import os
 import platform
 import shlex
@@ -27,7 +26,7 @@ from matplotlib.figure import Figure
 from evaluate import split_loss
 from generate import generate
 from model_mla import MLAConfig
-from models import MODELS
+from models import MODELS, cached_numbers
 from runtime.checkpoint import checkpoint_path
 from runtime.cpu_linear import use_cpu_linear
 from runtime.dataset import open_data
@@ -56,7 +55,6 @@ def measure(result, data, config):
     dtype = pick_dtype(config.dtype, device.type)
     attentions = [block.attn for block in model.transformer.h]
     n_params = sum(p.numel() for attention in attentions for p in attention.parameters())
-    n_cached = sum(math.prod(shape) for layer in model.cache_shapes(1, 1) for shape in layer)
     use_cpu_linear(model)  # it decodes now
     torch.manual_seed(config.seed)
     prompt = torch.tensor([tokenizer.encode(PROMPT)], device=device)
@@ -69,7 +67,7 @@ def measure(result, data, config):
         'val_loss': split_loss(model, data.val, dtype),
         'ms_per_iter': result.ms_per_iter,
         'tokens_per_second': result.tokens_per_second,
-        'cache_bytes_per_token': n_cached * dtype.itemsize,
+        'cache_bytes_per_token': cached_numbers(model) * dtype.itemsize,
         'sample': tokenizer.decode(ids[0].tolist())[len(PROMPT):][:SAMPLE_CHARS],
     }
 

@@ -4,13 +4,18 @@ All of it for an MHA and an MLA model side by side, in one file: report.html.
     python -m analysis.report out_shakespeare_quick/ckpt.pt out_shakespeare_quick/ckpt_mla.pt
 
 It needs two models. An analysis that cannot serve one of them is left out, and the report says
-why. The pictures and numbers of each analysis lie beside report.html.
+why. The pictures and numbers of each analysis lie beside report.html, in a folder of this pair:
+out_report/out_shakespeare_quick/ckpt.pt-vs-ckpt_mla.pt.
 """
 
 import base64
 import html
+import os
+import re
 from dataclasses import dataclass, fields
 from importlib import import_module
+from pathlib import Path
+from urllib.parse import quote
 
 from configurator import UserError, run
 
@@ -66,7 +71,7 @@ class Config(program.AnalysisConfig):
     model: str = ''  # the MHA model: a checkpoint, an out_dir, a Hugging Face directory, or gpt2
     other: str = ''  # the MLA model, or another one
     out_dir: str = ''  # where report.html goes, and picture and numbers of each part; '':
-        # out_report
+        # in out_report/, a folder for each pair
     text: str = ''  # for the parts that read one: FILE:book.txt or a dataset; '': the val split
         # that each checkpoint names
 
@@ -125,6 +130,22 @@ def same_model(source, other):
     return find_checkpoint(source).resolve() == find_checkpoint(other).resolve()
 
 
+def pair_folder(source, other):
+    """The folder in out_report for two models: what their paths begin with, then the rest of both,
+    as in out_report/runs/ckpt.pt-vs-ckpt_mla.pt. No two pairs have the same."""
+    paths = []
+    for path in (source, other):
+        path = Path(os.path.abspath(path if is_hugging_face(path) else find_checkpoint(path)))
+        if path.is_relative_to(Path.cwd()):
+            path = path.relative_to(Path.cwd())
+        # escapes make + and the word vs ours
+        paths.append([re.sub(r'\bvs\b', '%76s', quote(os.fsencode(part), safe=''))
+                      for part in path.parts])
+    shared = os.path.commonprefix([parts[:-1] for parts in paths])
+    rest = ['+'.join(parts[len(shared):]) for parts in paths]
+    return Path('out_report', *shared, '-vs-'.join(rest))
+
+
 def load_pair():
     """The Config of the command line, and the two Subjects by their labels. Raises UserError."""
     config, subject = program.read_command(Config)
@@ -144,7 +165,7 @@ def load_pair():
 
 def main():
     config, subjects = load_pair()
-    out_dir = program.make_folder(config.out_dir or 'out_report')
+    out_dir = program.make_folder(config.out_dir or pair_folder(config.model, config.other))
     for label, subject in subjects.items():
         print(f'{label}: {describe(subject.model)}')
     body = [heading(subjects)]

@@ -38,6 +38,7 @@ PROGRAMS = [
     ('train.py, train_mla.py, train_k_ahead.py', 'train', 'TrainConfig'),
     ('sample.py, sample_mla.py, sample_k_ahead.py', 'sample', 'SampleConfig'),
     ('evaluate.py', 'evaluate', 'EvaluateConfig'),
+    ('runs.py', 'runs', 'RunsConfig'),
     ('convert_mla.py', 'convert_mla', 'ConvertConfig'),
     ('export_huggingface.py', 'export_huggingface', 'ExportConfig'),
     ('bench.py decode', 'bench', 'DecodeConfig'),

@@ -13,6 +13,13 @@ from runtime.checkpoint import checkpoint_path, latest_path, run_checkpoints
 from runtime.lock import locked
 
 
+def kind_path(out_dir, name, model_type):
+    """Where a run keeps a file of its own in out_dir, named as its checkpoint is: for mla
+    metrics.jsonl becomes metrics_mla.jsonl."""
+    path = Path(out_dir) / name
+    return path if model_type == 'gpt' else path.with_stem(f'{path.stem}_{model_type}')
+
+
 class RunFolder:
     """The out_dir of a run. As a context it keeps other runs out until it ends.
 
@@ -26,8 +33,9 @@ class RunFolder:
         self.writes = processes.is_first and not config.eval_only
         self.checkpoint = checkpoint_path(self.out_dir, model_type)
         self.latest = latest_path(self.checkpoint)
-        self.metrics = Path(self.out_dir) / 'metrics.jsonl'
-        self.picture = Path(self.out_dir) / 'loss.png'
+        self.metrics = kind_path(self.out_dir, 'metrics.jsonl', model_type)
+        self.picture = kind_path(self.out_dir, 'loss.png', model_type)
+        self.tensorboard = Path(self.out_dir) / 'tensorboard' / model_type
         self.held = ExitStack()
         self.existed = os.path.isdir(self.out_dir)
 
@@ -72,9 +80,11 @@ class RunFolder:
         archive = next(path for path in candidates if not path.exists())
         try:
             archive.mkdir()
-            for path in [self.metrics, self.picture, *reversed(earlier)]:
+            for path in [self.metrics, self.picture, self.tensorboard, *reversed(earlier)]:
                 if path.exists():
-                    os.replace(path, archive / path.name)
+                    target = archive / path.relative_to(self.out_dir)
+                    target.parent.mkdir(exist_ok=True)
+                    os.replace(path, target)
         except OSError as e:
             raise UserError(f'out_dir={self.out_dir} holds an earlier run, which cannot be moved '
                             f'to {archive} ({e.strerror}): give another') from None

@@ -1,10 +1,13 @@
-"""What a run tells: on the terminal, in metrics.jsonl, in loss.png and at Weights & Biases."""
+"""What a run tells: on the terminal, in metrics.jsonl, in loss.png, at Weights & Biases and in
+TensorBoard."""
 
+import html
 import json
 import math
 import os
 import statistics
 import sys
+import textwrap
 import threading
 import time
 from contextlib import suppress
@@ -17,7 +20,9 @@ from tqdm import tqdm
 
 from models import MODELS, describe
 
-WANDB_NAMES = {'loss': 'train/batch_loss', 'train_loss': 'train/loss', 'val_loss': 'val/loss'}
+# what the other logs call an entry of a row
+WANDB_NAMES = {'loss': 'train/batch_loss', 'train_loss': 'train/loss', 'val_loss': 'val/loss',
+               'grad_norm': 'train/grad_norm'}
 
 
 class RunLog:
@@ -28,10 +33,9 @@ class RunLog:
         self.state, self.folder, self.processes = state, folder, processes
         self.is_first = processes.is_first
         self.metrics_are_whole = False  # whether the file holds all rows so far
+        self.picture_failed = False  # whether a warning has said so
         self.label = MODELS[state.model.model_type].model_class.__name__
-        self.wandb = None
-        if config.wandb_log and self.is_first:
-            self.wandb = start_wandb(config, state.model.config)
+        self.others = start_other_logs(config, state, folder) if self.is_first else []
         self.bar = tqdm(initial=state.iter_num, unit='iter', dynamic_ncols=True,
                         total=None if config.eval_only else config.max_iters,
                         leave=not config.eval_only,
@@ -52,12 +56,19 @@ class RunLog:
         if not self.is_first:
             return
         try:
-            if self.bar.disable:
-                print(line, flush=True)
-            else:
-                self.bar.write(line)
+            try:
+                self.write_line(line)
+            except UnicodeEncodeError:
+                encoding = sys.stdout.encoding or 'ascii'
+                self.write_line(line.encode(encoding, 'replace').decode(encoding))
         except OSError:  # nobody reads any more, or the disk of the log is full
-            sys.stdout = open(os.devnull, 'w')
+            sys.stdout = open(os.devnull, 'w', encoding='utf-8')
+
+    def write_line(self, line):
+        if self.bar.disable:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
 
     def warn(self, line):
         self.say(f'warning: {line}')
@@ -82,34 +93,49 @@ class RunLog:
     def evaluation(self, row, saved):
         """Say the losses of an evaluation and what was saved after it, and draw loss.png."""
         if self.folder.writes:
-            try:
-                draw_loss(self.state.metrics, self.label, self.folder.picture)
-            except OSError as e:
-                self.warn(f'loss.png cannot be written ({e.strerror}); training goes on')
+            self.draw()
         self.say(f"step {row['iter']:6d} | train loss {row['train_loss']:.4f} | "
                  f"val loss {row['val_loss']:.4f}{saved}")
 
+    def draw(self):
+        """Draw loss.png. A warning is given once: the next evaluation tries again."""
+        try:
+            draw_loss(self.state.metrics, self.label, self.folder.picture)
+        except Exception as e:  # it is another package's, and can raise anything
+            if not self.picture_failed:
+                self.warn(f'{self.folder.picture} cannot be drawn ({reason(e)}); training goes on')
+            self.picture_failed = True
+
+    def sample(self, iter_num, text):
+        """Say what the model has written at an evaluation."""
+        self.say(f'sample at step {iter_num}:\n' + textwrap.indent(text.rstrip(), '  '))
+        self.tell_others({'iter': iter_num, 'sample': text})
+
     def record(self, row):
-        """Keep a row of metrics where a person, a plot and wandb find it."""
+        """Keep a row of metrics where a person, a plot and other logs find it."""
         if self.folder.writes:
             self.state.metrics.append(row)
             self.write_metrics(row)
-        if self.wandb:
-            if 'mfu' in row:
-                row = row | {'mfu': 100 * row['mfu']}  # in percent, as nanoGPT logs it
+        if 'mfu' in row:
+            row = row | {'mfu': 100 * row['mfu']}  # in percent, as nanoGPT logs it
+        self.tell_others(row)
+
+    def tell_others(self, row):
+        """Write a row of numbers and texts to the other logs. One that fails gets no more."""
+        values = {WANDB_NAMES.get(key, key): value for key, value in row.items()}
+        for other in list(self.others):
             try:
-                self.wandb.log({WANDB_NAMES.get(key, key): value for key, value in row.items()},
-                               step=row['iter'])
+                other.write(values, row['iter'])
             except Exception as e:  # it is another program's, and can raise anything
-                self.warn(f'training goes on without wandb ({type(e).__name__}: {e})')
-                self.wandb = None
+                self.others.remove(other)
+                self.warn(f'training goes on without {other.name} ({reason(e)})')
 
     def write_metrics(self, row):
         """Add a row to metrics.jsonl. The first one, and one after a failure, writes all anew."""
         path = self.folder.metrics
         try:
             if self.metrics_are_whole:
-                with open(path, 'a') as f:
+                with open(path, 'a', encoding='utf-8') as f:
                     f.write(to_lines([row]))
             else:
                 write_whole(path, to_lines(self.state.metrics))
@@ -119,10 +145,10 @@ class RunLog:
             self.warn(f'{path} cannot be written ({e.strerror}); training goes on')
 
     def close(self):
-        """End what wandb has begun. It may take a minute: without a network it would wait for
-        ever."""
-        if self.wandb:
-            finish = threading.Thread(target=finish_quietly, args=(self.wandb,), daemon=True)
+        """End what the other logs have begun. It may take a minute: without a network wandb would
+        wait for ever."""
+        for other in self.others:
+            finish = threading.Thread(target=close_quietly, args=(other,), daemon=True)
             finish.start()
             finish.join(60)
 
@@ -188,33 +214,96 @@ def write_whole(path, text):
     """Write a file that has its name only once it is complete. Raises OSError."""
     partial = path.with_suffix('.partial')
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding='utf-8')
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
 
 
-def start_wandb(config, model_config):
-    """wandb, with a run begun; None with a warning if that fails. Raises UserError if it is not
-    installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError('wandb_log=True needs wandb: pip install wandb, or use --wandb_log=False'
-                        ) from None
-    try:
+def reason(error):
+    """An exception in one line."""
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
+class Wandb:
+    """A run at Weights & Biases. That of a resumed run goes on: the checkpoint has its id. wandb
+    itself drops rows of steps that it has."""
+    name = 'wandb'
+
+    def __init__(self, wandb, config, state, run_id):
+        self.wandb = wandb
         wandb.init(project=config.wandb_project, name=config.wandb_run_name,
-                   config=asdict(config) | asdict(model_config))
-    except Exception as e:  # it is another program's, and can raise anything
-        print(f'warning: training goes on without wandb ({type(e).__name__}: {e})', file=sys.stderr)
-        return None
-    return wandb
+                   entity=config.wandb_entity or None,
+                   config=asdict(config) | asdict(state.model.config),
+                   id=run_id or None, resume='allow' if run_id else None)
+        state.wandb_id = wandb.run.id
+
+    def write(self, values, step):
+        shown = {key: self.wandb.Html(f'<pre>{html.escape(value)}</pre>')
+                 if isinstance(value, str) else value for key, value in values.items()}
+        self.wandb.log(shown, step=step)
+
+    def close(self):
+        self.wandb.finish()
 
 
-def finish_quietly(wandb):
+class TensorBoard:
+    """Event files in a folder. It is opened with the first row: until then it may be an earlier
+    run's, which is moved away. Rows that a stopped run did not save are purged."""
+    name = 'TensorBoard'
+
+    def __init__(self, writer_class, folder, purge_step):
+        self.writer_class, self.folder, self.purge_step = writer_class, folder, purge_step
+        self.writer = None
+
+    def write(self, values, step):
+        if self.writer is None:
+            self.writer = self.writer_class(self.folder, purge_step=self.purge_step)
+        for key, value in values.items():
+            if isinstance(value, str):  # Markdown, in which an indented text stands as it is
+                text = textwrap.indent(value, '    ', lambda line: True)
+                self.writer.add_text(key, text, step)
+            else:
+                self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close()
+
+
+def start_other_logs(config, state, folder):
+    """The logs that are asked for beside the terminal and metrics.jsonl, without one that cannot
+    begin, of which a warning tells. Raises UserError for one that is not installed."""
+    logs = []
+    if config.wandb_log:
+        try:
+            import wandb
+        except ImportError:
+            raise not_installed('wandb', 'wandb_log') from None
+        try:
+            # an evaluation alone is a run of its own
+            run_id = state.wandb_id if folder.writes else ''
+            logs.append(Wandb(wandb, config, state, run_id))
+        except Exception as e:  # it is another program's, and can raise anything
+            print(f'warning: training goes on without wandb ({reason(e)})', file=sys.stderr)
+    if config.tensorboard_log and folder.writes:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise not_installed('tensorboard', 'tensorboard_log') from None
+        logs.append(TensorBoard(SummaryWriter, folder.tensorboard, state.iter_num))
+    return logs
+
+
+def not_installed(package, key):
+    return UserError(f'{key}=True needs {package}: pip install {package}, or use --{key}=False')
+
+
+def close_quietly(log):
     with suppress(Exception):  # what it could not send is its own loss
-        wandb.finish()
+        log.close()
 
 
 def plot_losses(ax, metrics, label, color):

@@ -1,31 +1,38 @@
 """The log, the losses that are not read yet, the run's folder and the signals, each alone."""
 
+import io
 import json
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
-from configurator import UserError
+from configurator import UserError, configure
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import read_metrics, tiny_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from model import GPT
+from model_mla import GPT_MLA
 from runtime import run_log
 from runtime.parallel import Processes
-from runtime.run_folder import RunFolder, StopSignal
+from runtime.run_folder import RunFolder, StopSignal, kind_path
 from runtime.run_log import PendingLosses, RunLog, by_head, check_finite
-from train import TrainConfig
+from train import TrainConfig, launch
 
 ONE = Processes(0, 1, torch.device('cpu'), sharded=False)
 SECOND = Processes(1, 1, torch.device('cpu'), sharded=False)
 ROW = {'iter': 0, 'loss': 2.5, 'lr': 0.1, 'ms_per_iter': 10.0, 'tokens_per_second': 1000.0}
 
 
-def make_log(out_dir, processes=ONE, **settings):
+def make_log(out_dir, processes=ONE, wandb_id='', **settings):
     config = TrainConfig(out_dir=str(out_dir), **settings)
-    state = SimpleNamespace(model=tiny_model(GPT), metrics=[], iter_num=0)
+    state = SimpleNamespace(model=tiny_model(GPT), metrics=[], iter_num=0, wandb_id=wandb_id)
     return RunLog(config, state, RunFolder(config, 'gpt', processes), processes)
 
 
@@ -55,7 +62,7 @@ def test_after_a_failure_all_rows_are_written_anew(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize('processes, settings', [(SECOND, {}), (ONE, {'eval_only': True})])
 def test_others_write_nothing(processes, settings, tmp_path):
-    log = make_log(tmp_path, processes, **settings)
+    log = make_log(tmp_path, processes, tensorboard_log=True, **settings)
     log.record({'iter': 0})
     log.evaluation({'iter': 0, 'train_loss': 1.0, 'val_loss': 1.0}, '')
     assert list(tmp_path.iterdir()) == []
@@ -81,6 +88,142 @@ def test_nobody_reads_the_terminal(tmp_path, monkeypatch):
     log.say('hello')
     assert run_log.sys.stdout.name == os.devnull
     run_log.sys.stdout.close()
+
+
+@pytest.mark.parametrize('with_bar', [False, True])
+def test_a_terminal_without_the_characters(with_bar, tmp_path, monkeypatch):
+    log, written = make_log(tmp_path), io.BytesIO()
+    log.bar = tqdm(disable=not with_bar, file=io.StringIO())
+    with monkeypatch.context() as m:
+        m.setattr(sys, 'stdout', io.TextIOWrapper(written, encoding='ascii'))
+        log.say('caf\u00e9 \udcff')
+        log.say('on')
+        sys.stdout.flush()
+        assert written.getvalue() == b'caf? ?\non\n'
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path, monkeypatch, capsys):
+    def broken(metrics, label, path):
+        raise RuntimeError('no\nfont')
+    log, evaluation = make_log(tmp_path), {'iter': 0, 'train_loss': 1.0, 'val_loss': 1.0}
+    monkeypatch.setattr(run_log, 'draw_loss', broken)
+    for _ in range(2):
+        log.evaluation(evaluation, '')
+    lines = capsys.readouterr().out.splitlines()
+    warning = f'warning: {tmp_path}/loss.png cannot be drawn (RuntimeError: no font); training '
+    assert lines[0] == warning + 'goes on' and [line[:4] for line in lines[1:]] == ['step'] * 2
+
+
+def stub_wandb(monkeypatch):
+    """A wandb that remembers what it is told: a list of init's settings and of rows with steps."""
+    told = []
+    wandb = SimpleNamespace(init=lambda **settings: told.append(settings), finish=lambda: None,
+                            log=lambda row, step: told.append((row, step)), Html=lambda text: text,
+                            run=SimpleNamespace(id='id-of-the-run'))
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    return told
+
+
+@pytest.mark.parametrize('wandb_id, entity, eval_only, begun', [
+    ('', '', False, (None, None, None)),
+    ('earlier', 'team', False, ('earlier', 'allow', 'team')),
+    ('earlier', '', True, (None, None, None))])  # it is no part of the run
+def test_a_resumed_run_goes_on_at_wandb(wandb_id, entity, eval_only, begun, tmp_path, monkeypatch):
+    told = stub_wandb(monkeypatch)
+    log = make_log(tmp_path, wandb_id=wandb_id, wandb_log=True, wandb_entity=entity,
+                   eval_only=eval_only)
+    assert tuple(told[0][key] for key in ('id', 'resume', 'entity')) == begun
+    assert told[0]['config']['n_layer'] == 2 and told[0]['config']['wandb_entity'] == entity
+    assert log.state.wandb_id == 'id-of-the-run'
+
+
+def test_what_wandb_is_told(tmp_path, monkeypatch, capsys):
+    told = stub_wandb(monkeypatch)
+    log = make_log(tmp_path, wandb_log=True)
+    log.iteration(ROW | {'iter': 3, 'mfu': 0.25, 'grad_norm': 1.5})
+    log.record({'iter': 4, 'train_loss': 2.0, 'val_loss': 3.0})
+    log.sample(4, 'a <b>\n\nc\n')
+    log.close()
+    assert told[1:] == [
+        ({'iter': 3, 'train/batch_loss': 2.5, 'lr': 0.1, 'ms_per_iter': 10.0, 'mfu': 25.0,
+          'tokens_per_second': 1000.0, 'train/grad_norm': 1.5}, 3),
+        ({'iter': 4, 'train/loss': 2.0, 'val/loss': 3.0}, 4),
+        ({'iter': 4, 'sample': '<pre>a &lt;b&gt;\n\nc\n</pre>'}, 4)]
+    said = capsys.readouterr().out
+    assert 'grad' not in said and said.endswith('\nsample at step 4:\n  a <b>\n\n  c\n')
+    assert read_metrics(tmp_path)[0]['mfu'] == 0.25 and len(read_metrics(tmp_path)) == 2
+
+
+def events(folder):
+    """The numbers in a TensorBoard folder, by their names, as pairs of step and value."""
+    found = EventAccumulator(str(folder)).Reload()
+    return {name: [(event.step, event.value) for event in found.Scalars(name)]
+            for name in found.Tags()['scalars']}
+
+
+def expected_events(rows):
+    names = {'loss': 'train/batch_loss', 'train_loss': 'train/loss', 'val_loss': 'val/loss',
+             'grad_norm': 'train/grad_norm'}
+    found = {}
+    for row in rows:
+        for key, value in row.items():
+            as_float32 = torch.tensor(value, dtype=torch.float32).item()
+            found.setdefault(names.get(key, key), []).append((row['iter'], as_float32))
+    return found
+
+
+@pytest.mark.usefixtures('no_picture')
+def test_tensorboard_has_the_metrics_also_after_a_resume(tiny_args, tmp_path, monkeypatch):
+    # files of one second are read in the order of their numbers as text: 9 is after 10
+    monkeypatch.setattr(event_file_writer, '_global_uid', event_file_writer.AtomicCounter(0))
+
+    def train(*args):
+        settings = [*tiny_args, '--tensorboard_log', '--log_interval=1', *args]
+        launch(GPT_MLA, *configure(settings, TrainConfig, GPT_MLA.config_class, bias=False))
+    out = tmp_path / 'out'
+    folder = out / 'tensorboard' / 'mla'
+    train('--max_iters=3')
+    first = expected_events(read_metrics(out))
+    assert events(folder) == first and len(first['train/batch_loss']) == 3
+    with SummaryWriter(folder) as writer:  # what a run wrote that was killed before it saved
+        for step in (3, 4, 9):
+            writer.add_scalar('train/batch_loss', 100.0, step)
+    train('--init_from=resume')
+    whole = expected_events(read_metrics(out))
+    assert events(folder) == whole and len(whole['train/batch_loss']) == 6
+
+    train('--max_iters=2')  # a new run: the earlier one's events move with its checkpoint
+    assert events(out / 'before-1' / 'tensorboard' / 'mla') == whole
+    assert events(folder) == expected_events(read_metrics(out))
+
+
+def test_a_sample_in_tensorboard(tmp_path):
+    log = make_log(tmp_path, tensorboard_log=True)
+    log.sample(7, 'a *b*\n\n  c')
+    log.close()
+    found = EventAccumulator(str(tmp_path / 'tensorboard' / 'gpt')).Reload()
+    event, = found.Tensors('sample/text_summary')
+    # each line is indented by four: Markdown shows it as it is
+    assert event.step == 7
+    assert event.tensor_proto.string_val[0] == b'    a *b*\n    \n      c'
+
+
+def test_a_tensorboard_that_fails_never_stops_training(tmp_path, capsys):
+    (tmp_path / 'tensorboard').write_text('a file where the folder should be')
+    log = make_log(tmp_path, tensorboard_log=True)
+    for i in range(3):
+        log.record({'iter': i})
+    log.close()
+    assert capsys.readouterr().out.count('goes on without TensorBoard (') == 1
+    assert len(read_metrics(tmp_path)) == 3
+
+
+@pytest.mark.parametrize('module, key', [('wandb', 'wandb_log'),
+                                         ('torch.utils.tensorboard', 'tensorboard_log')])
+def test_a_log_that_is_not_installed(module, key, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f'^{key}=True needs .*: pip install .*--{key}=False$'):
+        make_log(tmp_path, **{key: True})
 
 
 def test_pending_losses_are_read_together(monkeypatch):
@@ -136,8 +279,11 @@ def test_a_new_folder_that_another_run_took_meanwhile(tmp_path):
 
 
 def test_damaged_files_and_earlier_runs_are_put_aside(tmp_path, capsys):
-    for name in ('ckpt.pt', 'ckpt.pt.1', 'ckpt_mla.pt', 'metrics.jsonl', 'notes.txt'):
+    others = {'ckpt_mla.pt', 'metrics_mla.jsonl', 'loss_mla.png', 'notes.txt'}
+    for name in {'ckpt.pt', 'ckpt.pt.1', 'metrics.jsonl', 'loss.png'} | others:
         (tmp_path / name).write_text(name)
+    for model_type in ('gpt', 'mla'):
+        (tmp_path / 'tensorboard' / model_type).mkdir(parents=True)
     (tmp_path / 'before-1').mkdir()
     log = make_log(tmp_path)
     with folder_of(tmp_path) as folder:
@@ -146,8 +292,19 @@ def test_damaged_files_and_earlier_runs_are_put_aside(tmp_path, capsys):
         folder.archive_earlier_run(log)  # there is none any more
     assert f'{tmp_path}/before-2 now' in capsys.readouterr().out
     left = {path.name for path in tmp_path.iterdir()} - {'.lock'}
-    assert left == {'before-1', 'before-2', 'ckpt.pt.1.damaged', 'ckpt_mla.pt', 'notes.txt'}
-    assert {path.name for path in (tmp_path / 'before-2').iterdir()} == {'ckpt.pt', 'metrics.jsonl'}
+    assert left == others | {'before-1', 'before-2', 'ckpt.pt.1.damaged', 'tensorboard'}
+    moved = {'ckpt.pt', 'metrics.jsonl', 'loss.png', 'tensorboard'}
+    assert {path.name for path in (tmp_path / 'before-2').iterdir()} == moved
+    assert [path.name for path in (tmp_path / 'tensorboard').iterdir()] == ['mla']
+    assert [path.name for path in (tmp_path / 'before-2' / 'tensorboard').iterdir()] == ['gpt']
+
+
+def test_each_kind_of_model_has_files_of_its_own():
+    names = [(folder.checkpoint.name, folder.metrics.name, folder.picture.name)
+             for folder in (RunFolder(TrainConfig(), kind, ONE) for kind in ('gpt', 'k_ahead'))]
+    assert names == [('ckpt.pt', 'metrics.jsonl', 'loss.png'),
+                     ('ckpt_k_ahead.pt', 'metrics_k_ahead.jsonl', 'loss_k_ahead.png')]
+    assert str(kind_path('a.b', 'loss.png', 'mla')) == 'a.b/loss_mla.png'
 
 
 def test_signals_ask_for_a_stop_and_are_put_back(monkeypatch, capfd):
