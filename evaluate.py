@@ -146,24 +146,29 @@ def wilson(right, n):
 
 def text_scores(model, tokens, tokenizer, dtype, batch_size):
     """The loss, perplexity and bits per byte of a text, each with its interval, a dictionary.
-    Raises UserError where they are no numbers."""
+    Bytes are left out where the tokenizer does not know them. Raises UserError where the scores
+    are no numbers."""
     sums = window_losses(model, tokens, dtype, batch_size)
     ends = [*range(0, len(tokens) - 1, model.config.block_size), len(tokens) - 1]
-    texts = [tokenizer.to_bytes([i]) for i in range(int(tokens.max()) + 1)]
-    # the end of a document stands for no text
-    bytes_of = np.array([0 if text == b'<|endoftext|>' else len(text) for text in texts])
-    n_bytes = np.array([bytes_of[tokens[i + 1:end + 1]].sum() for i, end in zip(ends, ends[1:])])
-    if not n_bytes.any():
-        raise UserError('the tokens to predict are ends of documents alone: give a longer text')
     loss, interval = ratio(sums, np.diff(ends))
     if not max((loss, *(interval or ()))) < 700:  # nan, or more than the exponential can take
         raise UserError(f'the loss is {loss:g}: the weights are damaged, or too large for {dtype}')
+    scores = {'tokens': len(tokens) - 1, 'windows': len(sums),
+              'loss': loss, 'loss_interval': interval,
+              'perplexity': math.exp(loss),
+              'perplexity_interval': interval and [math.exp(end) for end in interval]}
+    if not tokenizer.knows_bytes:
+        return scores
+    texts = [tokenizer.to_bytes([i]) for i in range(int(tokens.max()) + 1)]
+    # the end of a document stands for no text
+    bytes_of = np.array([0 if i == tokenizer.end_of_text or text == b'<|endoftext|>' else len(text)
+                         for i, text in enumerate(texts)])
+    n_bytes = np.array([bytes_of[tokens[i + 1:end + 1]].sum() for i, end in zip(ends, ends[1:])])
+    if not n_bytes.any():
+        raise UserError('the tokens to predict are ends of documents alone: give a longer text')
     bits, bits_interval = ratio(sums / math.log(2), n_bytes)
-    return {'tokens': len(tokens) - 1, 'bytes': int(n_bytes.sum()), 'windows': len(sums),
-            'loss': loss, 'loss_interval': interval,
-            'perplexity': math.exp(loss),
-            'perplexity_interval': interval and [math.exp(end) for end in interval],
-            'bits_per_byte': bits, 'bits_per_byte_interval': bits_interval}
+    return scores | {'bytes': int(n_bytes.sum()), 'bits_per_byte': bits,
+                     'bits_per_byte_interval': bits_interval}
 
 
 @dataclass
@@ -215,7 +220,7 @@ def read_questions(path, max_questions, model, tokenizer):
                     questions.append(read_question(line, where, model, tokenizer))
                 if len(questions) == max_questions > 0:
                     break
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeError) as e:
         raise UserError(f'hellaswag={path} cannot be read: {e}') from None
     if not questions:
         raise UserError(f'hellaswag={path} is empty: give a file with a question in each line')
@@ -323,9 +328,10 @@ def main():
         return
     print(describe(model))
     if text:
-        print(f'{config.split} split of {dataset}: {text["tokens"]:,} tokens predicted, '
-              f'{text["bytes"]:,} bytes, windows of {model.config.block_size}: '
-              f'{text["windows"]:,}')
+        n_bytes = f'{text["bytes"]:,} bytes' if 'bytes' in text else (
+            f'bytes unknown for {tokenizer.name}')
+        print(f'{config.split} split of {dataset}: {text["tokens"]:,} tokens predicted, {n_bytes}, '
+              f'windows of {model.config.block_size}: {text["windows"]:,}')
     if choice:
         print(f'{config.hellaswag}: {choice["questions"]:,} questions, of which guessing gets '
               f'{choice["chance"]:.1%}')

@@ -23,7 +23,7 @@ import torch
 from model import GPT
 from models import describe
 from runtime.loading import load_model
-from runtime.tokenizer import gpt2_vocabulary
+from runtime.tokenizer import BPETokenizer, gpt2_vocabulary
 
 # GPT-2's Conv1D keeps these weights the other way round than Linear
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
@@ -37,12 +37,11 @@ class ExportConfig:
     out_dir: str = ''  # a new folder for what transformers loads
 
 
-def to_hugging_face(model):
+def to_hugging_face(model, end=None):
     """transformers' GPT2LMHeadModel with the weights of a GPT; biases that the GPT lacks are
-    zeros."""
+    zeros. end is the id that ends a text, None if there is none."""
     from transformers import GPT2Config, GPT2LMHeadModel
     c = model.config
-    end = 50256 if c.vocab_size > 50256 else None  # <|endoftext|>
     config = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
@@ -130,6 +129,15 @@ def save_tokenizer(folder, block_size):
     tokenizer.save_pretrained(folder)
 
 
+def save_byte_pairs(tokenizer, folder, block_size):
+    """The tokenizer.json of a BPETokenizer, as transformers loads it."""
+    from transformers import PreTrainedTokenizerFast
+    end = tokenizer.end_of_text
+    end = None if end is None else tokenizer.tokenizer.id_to_token(end)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.tokenizer, eos_token=end,
+                            model_max_length=block_size).save_pretrained(folder)
+
+
 def export(source, folder):
     """Write the GPT that load_model finds at source to a new folder, and return it, a Trained.
     Raises UserError for what is no GPT and for a folder that is there already."""
@@ -148,9 +156,11 @@ def export(source, folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.'))
         partial.chmod(0o755)
-        to_hugging_face(trained.model).save_pretrained(partial)
+        to_hugging_face(trained.model, trained.tokenizer.end_of_text).save_pretrained(partial)
         if trained.tokenizer.spec == 'gpt2':
             save_tokenizer(partial, trained.model.config.block_size)
+        elif isinstance(trained.tokenizer, BPETokenizer):
+            save_byte_pairs(trained.tokenizer, partial, trained.model.config.block_size)
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
@@ -182,9 +192,9 @@ def main():
     print(describe(trained.model))
     files = sorted(path.name for path in Path(config.out_dir).iterdir())
     print(f'saved {config.out_dir}: {", ".join(files)}')
-    if trained.tokenizer.spec != 'gpt2':
-        print(f'no tokenizer files: the model reads {trained.tokenizer.n_vocab} characters, not '
-              'byte pairs')
+    if not (Path(config.out_dir) / 'tokenizer.json').exists():
+        print(f"no tokenizer files: the model's ids are {trained.tokenizer.name}, not GPT-2's byte "
+              'pairs')
 
 
 if __name__ == '__main__':

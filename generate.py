@@ -104,6 +104,20 @@ def generate(model, idx, max_new_tokens, n_vocab, **settings):
     return torch.cat([idx, *(ids.unsqueeze(1) for ids in new)], dim=1)
 
 
+def sample_text(model, tokenizer, seed, n_tokens=200):
+    """What a model writes by itself, drawn as the sampler draws by default. The draws are those of
+    seed alone."""
+    device = next(model.parameters()).device
+    idx = torch.tensor([tokenizer.start()], device=device)
+    generators = [torch.Generator(device).manual_seed(seed)]
+    n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
+    was_training = model.training
+    ids = generate(model.eval(), idx, n_tokens, n_vocab, temperature=0.8, top_k=200,
+                   past_context='drop', generators=generators)
+    model.train(was_training)
+    return tokenizer.decode(ids[0].tolist())
+
+
 @torch.no_grad()
 def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top_p=1.0, stop=None,
            past_context='slide', generators=None, speculative=True, stats=None):

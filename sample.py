@@ -25,9 +25,10 @@ import torch
 
 from generate import DecodeStats, decode
 from models import describe
+from runtime.checkpoint import latest_path, read_checkpoint
 from runtime.cpu_linear import use_cpu_linear
-from runtime.device import pick_device, pick_dtype
-from runtime.loading import GPT2_NAMES, is_hugging_face, load_model
+from runtime.device import pick_compile, pick_device, pick_dtype
+from runtime.loading import GPT2_NAMES, find_checkpoint, is_hugging_face, load_model
 from runtime.progress import progress_bar
 
 
@@ -38,7 +39,8 @@ class SampleConfig:
     init_from: str = 'resume'  # older name of model; 'resume' is the checkpoint in out_dir
     out_dir: str = 'out'  # older name of model, for a folder with a checkpoint or the checkpoint
     start: str = '\n'  # the prompt, in which \n is a line break; FILE:prompt.txt reads it from a
-                       # file, - from standard input
+                       # file, - from standard input. Where the vocabulary has no line break, its
+                       # first token takes its place
     num_samples: int = 10  # how many samples to draw
     batch_size: int = 10  # how many of them side by side: more are faster and take more memory
     max_new_tokens: int = 500  # tokens in each sample, after the prompt
@@ -88,10 +90,10 @@ def read_prompt(key, text, escapes=False):
         if text == '-':
             text = sys.stdin.buffer.read().decode('utf-8')
         elif text.startswith('FILE:'):
-            text = Path(text[5:]).read_text(encoding='utf-8')
+            text = Path(text[5:]).expanduser().read_text(encoding='utf-8')
         elif escapes:
             text = with_line_breaks(text)
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, RuntimeError, UnicodeError) as e:
         raise UserError(f'{key}={text} cannot be read: {e}') from None
     if not text:
         raise UserError(f'{key} is empty: give at least one character, or leave {key} out')
@@ -131,13 +133,39 @@ def load_trained(config, model_type, device, dtype):
         raise UserError('compile=True is not for a k-ahead model: leave it out')
     if device.type == 'cpu':
         use_cpu_linear(model)
+    if newer := newer_state(trained.source, model_type):
+        print(f'note: {newer}', file=sys.stderr)
     return trained
+
+
+def newer_state(source, model_type):
+    """A line on a state of the run that is newer than the checkpoint at source, '' if there is
+    none. The trainer leaves one where the checkpoint has a better val loss."""
+    if is_hugging_face(source):
+        return ''
+    path = find_checkpoint(source, model_type)
+    latest = latest_path(path)
+    if path.suffix != '.pt' or not latest.exists():
+        return ''
+    try:
+        here, there = (read_checkpoint(p, mmap=True).get('iter_num') for p in (path, latest))
+    except UserError:  # it is damaged, and not asked for
+        return ''
+    if not type(here) is type(there) is int or there <= here:
+        return ''
+    return f'{path} is of iteration {here}; {latest} is newer, of iteration {there}'
 
 
 def read_ids(config, trained):
     """The ids of the prompt, and the id of the stop token or None. Raises UserError."""
     tokenizer = trained.tokenizer
-    prompt = encode(tokenizer, 'start', read_prompt('start', config.start, escapes=True))
+    text = read_prompt('start', config.start, escapes=True)
+    prompt = tokenizer.start() if text == '\n' else encode(tokenizer, 'start', text)
+    if text == '\n' and tokenizer.decode(prompt) != '\n':
+        print(f'note: the vocabulary has no line break: samples start with '
+              f'{tokenizer.decode(prompt)!r}', file=sys.stderr)
+    if not prompt:
+        raise UserError(f'start={text!r} has no token: give some text')
     stop = stop_token(with_line_breaks(config.stop), tokenizer)
     if max(prompt) >= trained.n_vocab:
         raise UserError(f'the prompt has token id {max(prompt)}, the model knows ids below '
@@ -224,8 +252,11 @@ def main(model_type='gpt', **defaults):
 
     trained = load_trained(config, model_type, device, dtype)
     prompt, stop = read_ids(config, trained)
-    if config.compile:
+    compiles, note = pick_compile(config.compile, device)
+    if compiles:
         trained.model.compile()
+    if note:
+        print(f'note: {note}', file=sys.stderr)
     print(describe(trained.model), file=sys.stderr if config.json else sys.stdout)
 
     stats, started = DecodeStats(), time.perf_counter()

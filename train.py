@@ -11,7 +11,7 @@ alone decides its data and its dropout. So two processes see what one would, and
 on with the data that it has not seen.
 """
 
-import math
+import os
 import sys
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -20,17 +20,20 @@ from configurator import check_least, configure, run
 
 import torch
 
+from generate import sample_text
 from model import GPT
 from models import MODELS
 from runtime.batches import EVALUATION, TRAINING, Batches
-from runtime.dataset import SPLITS, open_data
-from runtime.device import autocast, pick_dtype
-from runtime.loading import GPT2_NAMES, is_hugging_face
+from runtime.dataset import SPLITS
+from runtime.device import autocast, pick_compile, pick_dtype
+from runtime.loading import GPT2_NAMES
 from runtime.parallel import join_processes
-from runtime.resume import resolve_init_from, start_run
+from runtime.resume import resolve_init_from
 from runtime.run_folder import RunFolder, StopSignal
 from runtime.run_log import PendingLosses, RunLog, by_head, check_finite
 from runtime.saver import CheckpointSaver
+from runtime.schedule import learning_rate_at
+from runtime.start import start_run, taken_from_checkpoint, tell_taken
 from runtime.tokenizer import Tokenizer
 
 
@@ -41,12 +44,12 @@ def train(model_class, config, model_args, processes, stop, folder):
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision('high')  # tf32
 
-    # data, and the state to begin with: new, from a checkpoint, or with GPT-2's weights
+    # the state to begin with: new, from a checkpoint, or with GPT-2's weights
     config = resolve_init_from(config, model_class.model_type)
-    data = open_data(config.dataset)
-    state = start_run(model_class, config, model_args, data, dtype, processes)
-    model, optimizer, scaler = state.model, state.optimizer, state.scaler
-    compiled = device.type == 'cuda' if config.compile == 'auto' else config.compile
+    state = start_run(model_class, config, model_args, dtype, processes)
+    model, data, optimizer, scaler = state.model, state.data, state.optimizer, state.scaler
+    compiled, note = pick_compile(config.compile, device)
+    state.notes += [note] if note else []
     net = processes.wrap(torch.compile(model) if compiled else model)
 
     # all checks have passed: take the folder, then batches, log, checkpoints
@@ -79,7 +82,13 @@ def train(model_class, config, model_args, processes, stop, folder):
             log.record(row)
             saved = saver.after_evaluation(losses['val_loss'])
             log.evaluation(row, saved)
+            n_evaluations = state.iter_num // config.eval_interval
+            samples = config.sample_interval and n_evaluations % config.sample_interval == 0
+            if samples and processes.is_first:
+                log.sample(state.iter_num, sample_text(model, data.tokenizer, config.seed))
             pending.restart_clock()
+            if not is_final and saver.is_out_of_patience():
+                is_final = True
         if is_final:
             break
 
@@ -99,7 +108,8 @@ def train(model_class, config, model_args, processes, stop, folder):
         # clip the gradient and step
         if config.grad_clip:
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            grad_norm = processes.whole(
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -112,6 +122,7 @@ def train(model_class, config, model_args, processes, stop, folder):
                    'lr': lr, 'ms_per_iter': seconds * 1e3,
                    'tokens_per_second': tokens_per_iter / seconds}
             mfu = model.estimate_mfu(sequences_per_iter / processes.size, seconds)
+            row |= {'grad_norm': grad_norm.item()} if config.grad_clip else {}
             log.iteration(row if mfu is None else row | {'mfu': mfu})
         state.iter_num += 1
         log.bar.update()
@@ -140,19 +151,6 @@ def launch(model_class, config, model_args):
     with (join_processes(config) as processes, StopSignal() as stop,
           RunFolder(config, model_class.model_type, processes) as folder):
         return train(model_class, config, model_args, processes, stop, folder)
-
-
-def learning_rate_at(iter_num, config):
-    """Linear warm-up to learning_rate, cosine down to min_lr at lr_decay_iters, then min_lr."""
-    if not config.decay_lr:
-        return config.learning_rate
-    if iter_num < config.warmup_iters:
-        return config.learning_rate * (iter_num + 1) / (config.warmup_iters + 1)
-    if iter_num >= config.lr_decay_iters:
-        return config.min_lr
-    ratio = (iter_num - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    coefficient = 0.5 * (1 + math.cos(math.pi * ratio))
-    return config.min_lr + coefficient * (config.learning_rate - config.min_lr)
 
 
 @torch.no_grad()
@@ -188,11 +186,15 @@ class TrainConfig:
     eval_only: bool = False  # evaluate once and stop, writing nothing
     always_save_checkpoint: bool = True  # after every evaluation, not only after the best so far
     keep_checkpoints: int = 1  # of each kind; the older ones are ckpt.pt.1, ckpt.pt.2 and so on
-    init_from: str = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is something),
-                                # 'gpt2-xl', the directory of a GPT-2
+    sample_interval: int = 0  # evaluations between samples in the log; 0: none
+    patience: int = 0  # evaluations without a better val loss after which it stops; 0: never
+    init_from: str = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is something); for a
+                                # new run a checkpoint, an out_dir, 'gpt2-xl', a GPT-2's directory
     wandb_log: bool = False  # log to Weights & Biases too
     wandb_project: str = 'owt'  # its project
     wandb_run_name: str = 'gpt2'  # its name for this run
+    wandb_entity: str = ''  # the user or team there; '': your own
+    tensorboard_log: bool = False  # log to TensorBoard too, in out_dir/tensorboard
     dataset: str = 'openwebtext'  # the folder in data/ with the bins, or the path of one
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per iteration, of all processes
     batch_size: int = 12  # sequences in a micro-batch
@@ -204,8 +206,11 @@ class TrainConfig:
     grad_clip: float = 1.0  # clip the gradient's norm at this value, 0 for never
     decay_lr: bool = True  # warm up and decay the learning rate; else it is constant
     warmup_iters: int = 2000  # iterations of linear warm-up
-    lr_decay_iters: int = 600000  # where the cosine ends, about max_iters
+    lr_schedule: Literal['cosine', 'wsd', 'linear', 'constant'] = 'cosine'  # after warm-up; 'wsd':
+                                                             # constant, but for the last fifth
+    lr_decay_iters: int = 600000  # where the decay ends, about max_iters
     min_lr: float = 6e-5  # learning rate at the end, about learning_rate / 10
+    gradient_checkpointing: bool = False  # compute each block twice, to save memory
     parallel: Literal['ddp', 'fsdp'] = 'ddp'  # 'fsdp': each process holds a part of the model,
                                               # for models past one GPU's memory
     backend: str = 'auto'  # between processes: 'nccl', 'gloo' or 'auto', which is nccl on GPUs
@@ -219,7 +224,7 @@ class TrainConfig:
         check_least(self, eval_interval=1, log_interval=1, eval_iters=1,
                     gradient_accumulation_steps=1, batch_size=1, max_iters=0, learning_rate=0,
                     min_lr=0, weight_decay=0, grad_clip=0, warmup_iters=0, lr_decay_iters=0,
-                    seed=0, keep_checkpoints=1)
+                    seed=0, keep_checkpoints=1, sample_interval=0, patience=0)
         if self.keep_checkpoints > 1000:
             raise ValueError(f'keep_checkpoints={self.keep_checkpoints} must be at most 1000')
         for key in ('out_dir', 'dataset'):
@@ -228,10 +233,14 @@ class TrainConfig:
         for key in ('beta1', 'beta2'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)} must be at least 0 and below 1')
-        known = self.init_from in ('scratch', 'resume', 'auto') or is_hugging_face(self.init_from)
-        if not known:
-            raise ValueError(f"init_from={self.init_from!r} must be 'scratch', 'resume', 'auto', "
-                             f"{', '.join(GPT2_NAMES)} or the directory of a Hugging Face GPT-2")
+        known = (*GPT2_NAMES, 'scratch', 'resume', 'auto')
+        if self.init_from not in known and not os.path.exists(self.init_from):
+            raise ValueError(f"init_from={self.init_from!r} must be 'scratch', 'resume', 'auto', a "
+                             f"checkpoint, an out_dir, {', '.join(GPT2_NAMES)} or the directory of "
+                             'a Hugging Face GPT-2')
+        if self.sample_interval and self.parallel == 'fsdp':
+            raise ValueError(f"sample_interval={self.sample_interval} is not for parallel='fsdp', "
+                             'where no process has the whole model: leave it out')
 
 
 @dataclass
@@ -255,9 +264,14 @@ def keys_elsewhere(model_class):
 
 
 def main(model_class=GPT, **defaults):
-    # nanoGPT trains without biases, though its GPTConfig has them
-    config, model_args = configure(sys.argv[1:], TrainConfig, model_class.config_class,
-                                   elsewhere=keys_elsewhere(model_class), bias=False, **defaults)
+    def read(**taken):  # nanoGPT trains without biases, though its GPTConfig has them
+        return configure(sys.argv[1:], TrainConfig, model_class.config_class,
+                         elsewhere=keys_elsewhere(model_class),
+                         **{'bias': False} | defaults | taken)
+    config, model_args = read()
+    path, taken = taken_from_checkpoint(config, model_class.model_type)
+    before, (config, model_args) = config, read(**taken)
+    tell_taken(path, before, config)
     launch(model_class, config, model_args)
 
 

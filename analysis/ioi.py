@@ -134,7 +134,8 @@ def make_prompts(subject, count, seed):
     short."""
     if subject.tokenizer.spec != 'gpt2':
         raise UserError("ioi needs names that are one token, as in GPT-2's vocabulary, and "
-                        f'{subject.source} reads characters: give a model trained on GPT-2 tokens')
+                        f'{subject.source} has {subject.tokenizer.name}: give a model trained on '
+                        'GPT-2 tokens')
     cleans, corrupteds, io, s = zip(*make_rows(subject.tokenizer, count, seed))
     length, block_size = max(map(len, cleans)), subject.model.config.block_size
     if length > block_size:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from configurator import UserError
 
+from data.documents import Counts, clean_pieces, decoded, tell_changes
 from runtime.tokenizer import package_folder
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -105,11 +106,10 @@ def load_text(folder):
     print(f'source     {source}')
     print('canonical  ' + ('yes, byte for byte' if is_canonical(text) else
                            'no, so losses differ a little from published ones'))
-    try:
-        text = text.decode('utf-8')
-    except UnicodeDecodeError as e:
-        raise UserError(f'{path} is not UTF-8 text ({e}): delete it to get the text anew') from None
+    counts = Counts()
+    text = ''.join(clean_pieces(decoded(path, counts), counts))
+    tell_changes(counts)
     if len(text) < 2:
-        raise UserError(f'{path} has too few characters to split, {len(text)}: delete it to get '
-                        'the text anew')
+        raise UserError(f'{path} has too few characters to split, {len(text)}: put a longer text '
+                        'there, or move it away to get Tiny Shakespeare')
     return text

@@ -22,6 +22,7 @@ import torch
 
 from model import GPTConfig
 from models import MODELS
+from runtime.tokenizer import is_spec
 
 
 class DamagedError(UserError):
@@ -112,14 +113,20 @@ def sync_folder(folder):
             os.close(descriptor)
 
 
+def bad_checksum(path):
+    """The part of a checkpoint that has not the checksum that it was written with, None if there is
+    none."""
+    try:
+        with zipfile.ZipFile(path) as f:
+            return f.testzip()
+    except Exception as e:  # a damaged file can raise nearly anything
+        return f'{type(e).__name__}: {e}'
+
+
 def verify_checksums(path):
     """Raise DamagedError if a checkpoint's contents do not have the checksums that they were
     written with."""
-    try:
-        with zipfile.ZipFile(path) as f:
-            part = f.testzip()
-    except Exception as e:  # a damaged file can raise nearly anything
-        part = f'{type(e).__name__}: {e}'
+    part = bad_checksum(path)
     if part is not None:
         raise DamagedError(f'checkpoint {path} is damaged ({part}): take another, or train anew')
 
@@ -141,6 +148,11 @@ def read_checkpoint(path, device='cpu', mmap=False):
     except Exception as e:  # a damaged file can raise nearly anything
         if is_out_of_memory(e):
             raise
+        if isinstance(e, pickle.UnpicklingError) and (kinds := refused_kinds(path)):
+            raise UserError(
+                f'checkpoint {path} is whole but holds {kinds}, and only numbers, texts and '
+                'tensors are read, since others can run code: in the program that wrote it, save '
+                'it again with int(), float() or str() of such values') from None
         if type(e) is ValueError:
             reason = str(e)
         elif isinstance(e, pickle.UnpicklingError):
@@ -151,20 +163,29 @@ def read_checkpoint(path, device='cpu', mmap=False):
                            'take another, or train anew') from None
 
 
+def refused_kinds(path):
+    """What a whole checkpoint holds beside plain data and tensors, in words; '' if it is damaged or
+    holds nothing else."""
+    if bad_checksum(path) is not None:
+        return ''
+    try:
+        return ', '.join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+    except Exception:  # a damaged file can raise nearly anything
+        return ''
+
+
 def checked(checkpoint):
     """A checkpoint's dictionary, with the names that older nanoGPTs wrote put right. Raises
     ValueError for what is no checkpoint."""
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
         raise ValueError('it lacks model and model_args')
-    prefix = '_orig_mod.'  # torch.compile left it in the names
-    checkpoint['model'] = {name.removeprefix(prefix): tensor
+    # torch.compile and DDP leave these before the names
+    checkpoint['model'] = {re.sub(r'^(_orig_mod\.|module\.)+', '', name): tensor
                            for name, tensor in checkpoint['model'].items()
                            if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
     checkpoint['model_args'].setdefault('vocab_size', GPTConfig.vocab_size)
-    spec = checkpoint.get('tokenizer', 'gpt2')
-    is_chars = isinstance(spec, list) and all(isinstance(char, str) for char in spec)
-    if spec != 'gpt2' and not is_chars:
-        raise ValueError("its tokenizer is neither 'gpt2' nor a list of characters")
+    if not is_spec(checkpoint.get('tokenizer', 'gpt2')):
+        raise ValueError('its tokenizer is of no known form')
     return checkpoint
 
 

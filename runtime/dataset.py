@@ -1,11 +1,9 @@
 """
-Token bins: data/<name>/train.bin and val.bin, flat files of uint16 token ids. They are
-memory-mapped, so their size does not matter. meta.pkl lies beside them if tokens are characters.
+Token bins: data/<name>/train.bin and val.bin, flat files of token ids of 16 or 32 bits. They are
+memory-mapped, so their size does not matter. A record beside them says what the ids mean.
 """
 
-import os
-import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,36 +11,35 @@ from configurator import UserError
 
 import numpy as np
 
-from runtime.tokenizer import Tokenizer, dataset_tokenizer
+from runtime.record import id_dtype, looks_like_uint32, read_record, write_file, write_record
+from runtime.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parents[1] / 'data'
 CHECK_WHOLE = 100_000_000  # bytes; of a larger bin a sample is checked, and then each batch
 SPLITS = ('train', 'val')
 
 
-def write_splits(folder, train_ids, val_ids, chars=None):
-    """Write train.bin, val.bin and, for a character vocabulary, meta.pkl into folder. Print what
-    they hold."""
-    contents = {f'{split}.bin': np.array(ids, dtype=np.uint16).tobytes()
-                for split, ids in zip(SPLITS, (train_ids, val_ids))}
-    if chars is not None:
-        meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)),
-                'stoi': {char: i for i, char in enumerate(chars)}}
-        contents['meta.pkl'] = pickle.dumps(meta)
-    for name, content in contents.items():
-        partial = Path(folder) / f'{name}.partial'
-        partial.write_bytes(content)
-        os.replace(partial, Path(folder) / name)
+def write_splits(folder, train_ids, val_ids, tokenizer):
+    """Write train.bin, val.bin and the record of their tokenizer into folder. Print what they
+    hold."""
+    write_record(folder, tokenizer)
+    for split, ids in zip(SPLITS, (train_ids, val_ids)):
+        content = np.asarray(ids).astype(id_dtype(tokenizer.n_vocab)).tobytes()
+        write_file(Path(folder) / f'{split}.bin', content)
     print(f'tokens     {len(train_ids):,} in train.bin, {len(val_ids):,} in val.bin')
 
 
 @dataclass
 class Data:
-    train: np.ndarray  # uint16, memory-mapped
+    train: np.ndarray  # uint16 or uint32, memory-mapped
     val: np.ndarray
     tokenizer: Tokenizer
     folder: Path
     name: str = ''  # what the user calls it
+
+    def largest_id(self):
+        """The largest id in what check() looks at."""
+        return max(sampled(getattr(self, split)).max() for split in SPLITS)
 
     def check(self, block_size, vocab_size):
         """Raise UserError if a split is not longer than block_size or holds an id at or above
@@ -52,11 +49,15 @@ class Data:
             if len(tokens) <= block_size:
                 raise UserError(f'block_size={block_size} is too long for {path}, which has '
                                 f'{len(tokens):,} tokens: use a block_size below that')
-            sample = [tokens]
-            if tokens.nbytes > CHECK_WHOLE:
-                starts = np.linspace(0, len(tokens) - 1024, 1000, dtype=np.int64)
-                sample = [tokens[i:i + 1024] for i in starts]
-            check_ids(max(part.max() for part in sample), vocab_size, path)
+            check_ids(sampled(tokens).max(), vocab_size, path)
+
+
+def sampled(tokens):
+    """All tokens of a small bin, and of a large one some from all over it."""
+    if tokens.nbytes <= CHECK_WHOLE:
+        return tokens[:]
+    starts = np.linspace(0, len(tokens) - 1024, 1000, dtype=np.int64)
+    return tokens[starts[:, None] + np.arange(1024)]
 
 
 def check_ids(largest, vocab_size, path):
@@ -66,35 +67,99 @@ def check_ids(largest, vocab_size, path):
                         'or set vocab_size')
 
 
+@dataclass
+class Translated:
+    """Tokens in the ids of another vocabulary."""
+    tokens: np.ndarray
+    ids: np.ndarray  # for each id of the tokens that of the other vocabulary
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, places):
+        return self.ids[self.tokens[places]]
+
+    @property
+    def nbytes(self):
+        return self.tokens.nbytes
+
+
+def translate(data, tokenizer, key='dataset'):
+    """data with the ids of tokenizer, which must have all its characters. key is what the program
+    calls data. Raises UserError where the ids mean something else."""
+    ours, what = data.tokenizer, f'{key}={data.name}'
+    if ours == tokenizer or not (ours.knows_text or tokenizer.knows_text):
+        return data
+    if not tokenizer.knows_text:
+        raise UserError(f"{what} holds {ours.name}, and the model's are {tokenizer.name}: use the "
+                        'data that it was trained on')
+    if not ours.knows_text:
+        raise UserError(f'{what} does not say what its ids mean. {record_remedy(data, tokenizer)}')
+    if not (isinstance(ours.spec, list) and isinstance(tokenizer.spec, list)):
+        raise UserError(f'{what} has another vocabulary than the model, {ours.name}: prepare it '
+                        f"with the model's, {tokenizer.name}")
+    ids = {entry: i for i, entry in enumerate(tokenizer.spec)}
+    missing = [repr(entry) for entry in ours.spec if entry not in ids]
+    if missing:
+        more = f' and {len(missing) - 20:,} others' if len(missing) > 20 else ''
+        raise UserError(f"{what} has {', '.join(missing[:20])}{more}, which the model's vocabulary "
+                        f'of {tokenizer.name} lacks: take them out of the text')
+    ids = np.array([ids[entry] for entry in ours.spec])
+    return replace(data, train=Translated(data.train, ids), val=Translated(data.val, ids),
+                   tokenizer=tokenizer)
+
+
+def record_remedy(data, tokenizer):
+    """How to record that the ids of data are those of tokenizer, in words."""
+    name = 'gpt2' if tokenizer.spec == 'gpt2' else 'FOLDER'
+    where = '' if name == 'gpt2' else ', where FOLDER has bins of that vocabulary'
+    return (f'If they are {tokenizer.name}, record that: python data/prepare.py '
+            f'--out_dir={data.folder} --tokenizer={name}{where}')
+
+
 def data_folder(name):
     """data/<name>, or the folder at the path name if there is none in data/."""
     return DATA / name if (DATA / name).is_dir() else Path(name)
 
 
+def same_data(data, name):
+    """Whether name is that of data, however it is written."""
+    return name != '' and data_folder(name).resolve() == data.folder.resolve()
+
+
 def open_data(name):
-    """Open the bins in data_folder(name) as Data. Raises UserError if one is missing or
-    damaged."""
+    """Open the bins in data_folder(name) as Data. Raises UserError if one is missing or damaged,
+    or if its ids look wider than is recorded."""
     try:
         folder = data_folder(name)
         is_folder = folder.is_dir()
     except OSError as e:
         raise UserError(f'dataset={name} cannot be opened: {e.strerror}') from None
+    if folder.is_file():
+        raise UserError(f'dataset={name} is a file: python data/prepare.py --source={name} '
+                        f'--out_dir={DATA.name}/{folder.stem} --tokenizer=chars makes '
+                        f'--dataset={folder.stem} of a text')
     if not is_folder:
         known = ', '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
         raise UserError(f'dataset={name}: there is no folder {DATA / name}; known are {known}')
     prepare = folder / 'prepare.py'
-    again = f'python {prepare}' if prepare.exists() else 'the prepare.py of the data'
+    again = f'python {prepare if prepare.exists() else "data/prepare.py"}'
+    tokenizer, dtype = read_record(folder)
     bins = {}
     for split in SPLITS:
         path = folder / f'{split}.bin'
         if not path.is_file():
             raise UserError(f'dataset={name}: {path} is missing: run {again} first')
         size = path.stat().st_size
-        if size == 0 or size % 2:
-            raise UserError(f'{path} has {size:,} bytes, which is not a row of uint16 tokens: run '
+        if size == 0 or size % dtype.itemsize:
+            raise UserError(f'{path} has {size:,} bytes, which is not a row of {dtype} tokens: run '
                             f'{again} again')
-        bins[split] = np.memmap(path, dtype=np.uint16, mode='r')
-    return Data(**bins, tokenizer=dataset_tokenizer(folder), folder=folder, name=str(name))
+        bins[split] = np.memmap(path, dtype=dtype, mode='r')
+        if tokenizer.spec == {'unknown': None} and looks_like_uint32(bins[split]):
+            raise UserError(f'{path} looks like ids of 32 bits: say what they are with python '
+                            f'data/prepare.py --out_dir={folder} --tokenizer=unknown '
+                            '--vocab_size=100000, for instance')
+    return Data(**bins, tokenizer=tokenizer, folder=folder, name=str(name))
 
 
 def count_windows(n_tokens, block_size):

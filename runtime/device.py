@@ -49,6 +49,20 @@ def pick_dtype(name, device_type):
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
+def pick_compile(choice, device):
+    """(whether to compile, '' or a line on why not though it was asked for). 'auto' is True on a
+    GPU. torch.compile needs a compiler of the machine, which shows only when it is used."""
+    if choice is False or choice == 'auto' and device.type != 'cuda':
+        return False, ''
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as e:  # torch and the compilers raise many kinds
+        reason = ' '.join(str(e).split())[:150]
+        return False, (f'torch.compile does not work here ({type(e).__name__}: {reason}): it goes '
+                       'on uncompiled')
+    return True, ''
+
+
 def autocast(device_type, dtype):
     """The context in which a model computes in dtype. Float32 needs none."""
     return nullcontext() if dtype == torch.float32 else torch.amp.autocast(device_type, dtype)

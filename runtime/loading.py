@@ -4,7 +4,8 @@ evaluator, the converter, the analyses and the benchmarks.
 """
 
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import UserError
@@ -20,10 +21,18 @@ from runtime.checkpoint import (
     run_checkpoints,
     verify_checksums,
 )
-from runtime.dataset import data_folder, open_data
-from runtime.tokenizer import Tokenizer, dataset_tokenizer, make_tokenizer
+from runtime.dataset import data_folder, open_data, same_data, translate
+from runtime.record import read_record
+from runtime.tokenizer import (
+    Tokenizer,
+    file_tokenizer,
+    is_gpt2_vocabulary,
+    make_tokenizer,
+)
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+GPT2_DATASETS = ('openwebtext', 'shakespeare')  # nanoGPT's own, with bins of GPT-2's byte pairs
+GPT2_SIZES = (50257, 50304)  # of its vocabulary, and as nanoGPT pads it
 
 
 @dataclass
@@ -33,6 +42,7 @@ class Trained:
     tokenizer: Tokenizer
     dataset: str  # what it was trained on; '' where it does not say, as GPT-2 does not
     source: str  # where it was found
+    settings: dict = field(default_factory=dict)  # those of its training, as far as it says
 
     @property
     def n_vocab(self):
@@ -40,18 +50,17 @@ class Trained:
         return min(self.tokenizer.n_vocab, self.model.config.vocab_size)
 
     def open_data(self, name='', key='dataset'):
-        """The Data of the dataset name, by default of the one that the model was trained on. key
-        is what the program calls it. Raises UserError where there is none, or where its vocabulary
-        is not the model's."""
+        """The Data of the dataset name, by default of the one that the model was trained on, in the
+        ids of the model. key is what the program calls it. Raises UserError where there is none,
+        or where its vocabulary is another one."""
         name = name or self.dataset
         if not name:
             raise UserError(f'{self.source} does not name the data of its training: give '
                             f'--{key}=NAME')
         data = open_data(name)
-        if data.tokenizer != self.tokenizer:
-            raise UserError(f'{key}={name} has another vocabulary than the model: use data that '
-                            'was prepared for it')
-        return data
+        if same_data(data, self.dataset) and not self.tokenizer.knows_text:
+            return data  # whose meaning may have been recorded since
+        return translate(data, self.tokenizer, key)
 
 
 def load_model(source, device='cpu', model_type=None, dtype=torch.float32):
@@ -63,18 +72,22 @@ def load_model(source, device='cpu', model_type=None, dtype=torch.float32):
     """
     if is_hugging_face(source):
         model = from_pretrained(MODELS[model_type or 'gpt'].model_class, str(source))
-        tokenizer, dataset = make_tokenizer('gpt2'), ''
-        if model.config.vocab_size < tokenizer.n_vocab:
-            raise UserError(f'{source} has a vocabulary of {model.config.vocab_size} tokens, which '
-                            f"is not GPT-2's {tokenizer.n_vocab}: what they mean is not known, so "
-                            'give the checkpoint that it was exported from')
+        tokenizer, note = hugging_face_tokenizer(source, model.config.vocab_size)
+        settings = {}
     else:
         path = find_checkpoint(source, model_type)
         checkpoint = read_checkpoint(path, mmap=True)
         verify_checksums(path)
-        model, tokenizer = build_model(checkpoint, path), checkpoint_tokenizer(checkpoint, path)
-        dataset = checkpoint_dataset(checkpoint)
-    return Trained(model.to(device, dtype).eval(), tokenizer, dataset, str(source))
+        model, settings = build_model(checkpoint, path), checkpoint_settings(checkpoint)
+        tokenizer, note = checkpoint_tokenizer(checkpoint, path)
+    if note:
+        print(f'note: {note}', file=sys.stderr)
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f'{source} has weights that are not finite, in {name}: give another '
+                            'checkpoint')
+    return Trained(model.to(device, dtype).eval(), tokenizer, settings.get('dataset', ''),
+                   str(source), settings)
 
 
 def is_hugging_face(source):
@@ -101,26 +114,57 @@ def find_checkpoint(source, model_type=None):
     return found[0] if len(found) == 1 else wanted
 
 
-def checkpoint_dataset(checkpoint):
-    """The dataset that a checkpoint's model was trained on; '' where it does not say."""
-    return (checkpoint.get('config') or {}).get('dataset', '')
+def checkpoint_settings(checkpoint):
+    """The settings of a checkpoint's training, as far as it says."""
+    settings = checkpoint.get('config')
+    return settings if isinstance(settings, dict) else {}
 
 
 def checkpoint_tokenizer(checkpoint, path, dataset=None):
-    """The Tokenizer of the text that a checkpoint was trained on. One of nanoGPT's does not say.
-    Then the meta.pkl of dataset (default: the one that its config names) does, and its number of
-    characters must be the model's vocab_size. Raises UserError."""
-    if 'tokenizer' in checkpoint:
-        return make_tokenizer(checkpoint['tokenizer'])
-    dataset = dataset or checkpoint_dataset(checkpoint)
-    tokenizer = dataset_tokenizer(data_folder(dataset))
+    """The Tokenizer of the text that a checkpoint was trained on, and a line where it is unknown,
+    else ''. One of nanoGPT's does not say. Then the record of dataset (default: the one that its
+    config names) does, if it fits the model's vocab_size. Without a record, GPT-2's byte pairs
+    have nanoGPT's own datasets of these sizes."""
     vocab_size = checkpoint['model_args']['vocab_size']
-    is_gpt2 = tokenizer.spec == 'gpt2'
-    if vocab_size < tokenizer.n_vocab if is_gpt2 else vocab_size != tokenizer.n_vocab:
-        raise UserError(f'checkpoint {path} carries no tokenizer, and dataset {dataset!r} has no '
-                        f'meta.pkl for a vocabulary of {vocab_size}: prepare the data that it was '
-                        'trained on')
-    return tokenizer
+    unknown = make_tokenizer({'unknown': vocab_size})
+    if 'tokenizer' in checkpoint:
+        tokenizer = make_tokenizer(checkpoint['tokenizer'])
+        if tokenizer.spec == 'gpt2' and vocab_size < tokenizer.n_vocab:
+            return unknown, (f"checkpoint {path} says that its ids are GPT-2's, but has only "
+                             f'{vocab_size:,} of them: what they mean is unknown')
+        return tokenizer, ''
+    dataset = str(dataset or checkpoint_settings(checkpoint).get('dataset', ''))
+    tokenizer = read_record(data_folder(dataset))[0] if dataset else unknown
+    if tokenizer.knows_text and fits(tokenizer, vocab_size):
+        return tokenizer, ''
+    if not tokenizer.knows_text and dataset in GPT2_DATASETS and vocab_size in GPT2_SIZES:
+        return make_tokenizer('gpt2'), ''
+    found = (f'the {tokenizer.name} of dataset {dataset!r} are not as many' if tokenizer.knows_text
+             else f'dataset {dataset!r} has no record of them here')
+    return unknown, (f'checkpoint {path} does not say what its {vocab_size:,} ids mean, and '
+                     f'{found}: they are unknown')
+
+
+def fits(tokenizer, vocab_size):
+    """Whether a vocab_size is the tokenizer's: its own or, of byte pairs, padded to a multiple of
+    up to 128."""
+    padding = 0 if isinstance(tokenizer.spec, list) else 127
+    return tokenizer.n_vocab <= vocab_size <= tokenizer.n_vocab + padding
+
+
+def hugging_face_tokenizer(source, vocab_size=None):
+    """The Tokenizer of a Hugging Face GPT-2, by name or in a directory, and a line where it is
+    unknown, else ''."""
+    folder, reason = Path(source), 'it has no tokenizer.json'
+    if not folder.is_dir() or is_gpt2_vocabulary(folder / 'vocab.json'):
+        return make_tokenizer('gpt2'), ''
+    if (folder / 'tokenizer.json').is_file():
+        try:
+            return file_tokenizer(folder / 'tokenizer.json'), ''
+        except UserError as e:
+            reason = str(e)
+    return make_tokenizer({'unknown': vocab_size}), (
+        f'what the ids of {source} mean is unknown: {reason}')
 
 
 def from_pretrained(model_class, name, **overrides):

@@ -1,6 +1,6 @@
 """
-How a run starts: from scratch, from GPT-2's weights, or where an earlier one stopped. A resumed
-run has the weights, the optimizer state and the metrics that one without a stop would have.
+How a run resumes where an earlier one stopped: it has the weights, the optimizer state and the
+metrics that one without a stop would have.
 """
 
 import json
@@ -8,22 +8,21 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from configurator import UserError, build
+from configurator import UserError
 
 import torch
 
 from runtime.checkpoint import (
     DamagedError,
-    build_model,
     checkpoint_path,
     latest_path,
     read_checkpoint,
     run_checkpoints,
     verify_checksums,
 )
-from runtime.loading import checkpoint_tokenizer, from_pretrained
+from runtime.dataset import Data, same_data
+from runtime.loading import checkpoint_settings
 
-MAY_CHANGE = ('dropout', 'positions', 'loss_weights')  # model settings, with the weights kept
 DECIDE_BATCHES = ('dataset', 'seed', 'batch_size', 'gradient_accumulation_steps')
 
 
@@ -31,11 +30,14 @@ DECIDE_BATCHES = ('dataset', 'seed', 'batch_size', 'gradient_accumulation_steps'
 class RunState:
     """What changes in the course of a run and goes into its checkpoints, and how it began."""
     model: torch.nn.Module
+    data: Data
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     iter_num: int = 0
     best_val_loss: float = math.inf
+    best_iter: int = 0  # when it was reached
     metrics: list = field(default_factory=list)  # the rows of metrics.jsonl
+    wandb_id: str = ''  # of its run at Weights & Biases
     resumed_from: Path | None = None
     damaged: list = field(default_factory=list)  # pairs: the path of a file and a line on it
     notes: list = field(default_factory=list)  # lines on what is not as it was
@@ -57,60 +59,16 @@ def resolve_init_from(config, model_type):
     return replace(config, init_from='resume' if found else 'scratch')
 
 
-def start_run(model_class, config, model_args, data, dtype, processes):
-    """The RunState to begin with. model_args are the model settings that were asked for. Raises
-    UserError for what cannot be trained."""
-    device = 'cpu' if processes.sharded else processes.device
-    model, found = make_model(model_class, config, model_args, data, device)
-    iter_num = found.checkpoint.get('iter_num', 0) if found else 0
-    if processes.any(processes.max(iter_num) != iter_num):
-        raise UserError(f'out_dir={config.out_dir} does not hold the same checkpoint for all '
-                        'processes: it must be a folder that all nodes see')
-    data.check(model.config.block_size, model.config.vocab_size)
-    model = processes.place(model)
-    if processes.sharded and dtype == torch.float16:
-        raise UserError("parallel='fsdp' is not for dtype=float16: use bfloat16 or float32")
-    device_type = processes.device.type
-    scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
-    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate,
-                                           (config.beta1, config.beta2), device_type)
-    state = RunState(model, optimizer, scaler)
-    if found:
-        restore(state, found, config, processes)
-    return state
-
-
-def make_model(model_class, config, model_args, data, device):
-    """The model to train, and what was Found if init_from is 'resume' (else None)."""
-    if config.init_from == 'scratch':
-        vocab_size = 50304 if data.tokenizer.spec == 'gpt2' else data.tokenizer.n_vocab
-        settings = {'bias': False, 'vocab_size': vocab_size} | model_args
-        return model_class(build(model_class.config_class, settings)), None
-    kept = {key: value for key, value in model_args.items() if key in MAY_CHANGE}
-    if config.init_from == 'resume':
-        found = newest_sound(config.out_dir, model_class.model_type, device)
-        model = build_model(found.checkpoint, found.path, **kept)
-        check_resumable(found, model, model_class, config, data)
-    else:
-        found = None
-        model = pretrained_model(model_class, config, model_args, data, kept)
-    for key, value in model_args.items():
-        has = getattr(model.config, key)
-        if value is not None and value != has:
-            raise UserError(f'{key}={value} was asked for, but init_from={config.init_from} brings '
-                            f'a model with {key}={has}: leave {key} out, or start from scratch')
-    return model, found
-
-
-def check_resumable(found, model, model_class, config, data):
-    """Raise UserError if a run of model_class cannot go on from what was found."""
-    path = found.path
+def check_class(path, model, model_class):
     if type(model) is not model_class:
         raise UserError(f'checkpoint {path} holds a {type(model).__name__}, this program trains a '
                         f'{model_class.__name__}')
-    if checkpoint_tokenizer(found.checkpoint, path, config.dataset) != data.tokenizer:
-        raise UserError(f'dataset={config.dataset} has another vocabulary than the one that '
-                        f'checkpoint {path} was trained on: use the same data')
+
+
+def check_resumable(found, model, model_class, config):
+    """Raise UserError if a run of model_class cannot go on from what was found."""
+    path = found.path
+    check_class(path, model, model_class)
     iter_num = found.checkpoint.get('iter_num', 0)
     if type(iter_num) is not int or iter_num < 0:
         raise UserError(f'checkpoint {path} has iter_num={iter_num!r}, which is no iteration to '
@@ -119,18 +77,6 @@ def check_resumable(found, model, model_class, config, data):
         raise UserError(f'checkpoint {path} is at iteration {iter_num}, '
                         f'max_iters={config.max_iters}: nothing is left to train, so give a larger '
                         'max_iters')
-
-
-def pretrained_model(model_class, config, model_args, data, kept):
-    """A model with GPT-2's weights, cropped to the block_size that was asked for."""
-    if data.tokenizer.spec != 'gpt2':
-        raise UserError(f'dataset={config.dataset} holds characters, init_from={config.init_from} '
-                        "was trained on GPT-2's byte pairs: use data prepared with those, such as "
-                        'dataset=shakespeare')
-    model = from_pretrained(model_class, config.init_from, **kept)
-    if model_args.get('block_size', math.inf) < model.config.block_size:
-        model.crop_block_size(model_args['block_size'])
-    return model
 
 
 def newest_sound(out_dir, model_type, device='cpu'):
@@ -166,9 +112,11 @@ def restore(state, found, config, processes):
     checkpoint = found.checkpoint
     state.resumed_from, state.damaged = found.path, found.damaged
     state.iter_num = checkpoint.get('iter_num', 0)
-    state.notes = differences(found, config, processes)
+    state.notes += differences(found, config, processes)
     try:
         state.best_val_loss = float(checkpoint.get('best_val_loss', math.inf))
+        state.best_iter = int(checkpoint.get('best_iter', state.iter_num))
+        state.wandb_id = str(checkpoint.get('wandb_id', ''))
         rows = map(json.loads, checkpoint.get('metrics', '').splitlines())
         state.metrics = [row for row in rows if row['iter'] < state.iter_num]
         if checkpoint.get('optimizer'):
@@ -184,6 +132,10 @@ def restore(state, found, config, processes):
     is_lost = put_aside or best in [path for path, _ in found.damaged]
     if is_lost and found.path.name.startswith(latest_path(best).name):
         state.best_val_loss = math.inf  # the next best takes its place
+    was = checkpoint_settings(checkpoint).get('dataset')
+    if isinstance(was, str) and not same_data(state.data, was):
+        state.best_val_loss, state.best_iter = math.inf, state.iter_num
+        state.notes.append(f'the best val loss so far was that of {was} and is counted anew')
 
 
 def restore_optimizer(optimizer, saved, processes):
@@ -210,8 +162,7 @@ def differences(found, config, processes):
         notes.append(f'the number of processes was {before} and is {processes.size} now: sums are '
                      'taken in another order, so that the run goes on as it would have but for '
                      'rounding')
-    settings = checkpoint.get('config')
-    settings = settings if isinstance(settings, dict) else {}
+    settings = checkpoint_settings(checkpoint)
     for key in DECIDE_BATCHES:
         was, now = settings.get(key), getattr(config, key)
         if was not in (None, now):

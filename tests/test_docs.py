@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from conftest import save_hugging_face, tiny_model
 from matplotlib.figure import Figure
 
 from analysis import NAMES
@@ -25,7 +25,7 @@ from convert_mla import ConvertConfig
 from data import tiny_shakespeare
 from data.openwebtext.prepare import PrepareConfig
 from evaluate import EvaluateConfig
-from export_huggingface import ExportConfig, to_hugging_face
+from export_huggingface import ExportConfig
 from model import GPT
 from model_k_ahead import KAheadConfig
 from model_mla import GPT_MLA
@@ -134,7 +134,7 @@ def prepared(tmp_path_factory):
         folder.mkdir(parents=True)
         (folder / 'input.txt').write_text(text[:20_000])
         ids = tokenizer.encode(text[:12_000])
-        write_splits(folder, ids[:-1_000], ids[-1_000:], chars.spec if tokenizer is chars else None)
+        write_splits(folder, ids[:-1_000], ids[-1_000:], tokenizer)
     (root / 'out_shakespeare_quick').mkdir()
     for model_class, name in ((GPT, 'ckpt.pt'), (GPT_MLA, 'ckpt_mla.pt')):
         model = tiny_model(model_class, vocab_size=chars.n_vocab, n_layer=4, n_head=4, n_embd=128,
@@ -142,7 +142,7 @@ def prepared(tmp_path_factory):
         save_checkpoint(root / 'out_shakespeare_quick' / name, model, chars,
                         {'dataset': 'shakespeare_char'}, 0)
     gpt2 = tiny_model(GPT, vocab_size=50257, block_size=64, n_layer=12)
-    to_hugging_face(gpt2).save_pretrained(root / 'gpt2')
+    save_hugging_face(gpt2, root / 'gpt2')
     (root / 'path' / 'to').mkdir(parents=True)
     for name in ('gpt2-xl', 'path/to/gpt2'):
         (root / name).symlink_to(root / 'gpt2')

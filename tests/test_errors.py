@@ -10,6 +10,7 @@ import train
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 from runtime import dataset
+from runtime.tokenizer import make_tokenizer
 
 pytestmark = pytest.mark.usefixtures('no_picture')
 
@@ -33,7 +34,7 @@ def write_tokens(path, tokens):
     (['--dataset=nothing'], 'dataset=nothing: there is no folder'),
     (['--init_from=resume'], 'there is no checkpoint'),
     (['--init_from=bert'], "init_from='bert' must be"),
-    (['--init_from=gpt2'], "GPT-2's byte pairs"),
+    (['--init_from=gpt2'], 'another vocabulary'),
     (['--device=cuda:99'], "device='cuda:99'"),
     (['--device=gpu'], "device='gpu'"),
     (['--dtype=float8'], "--dtype='float8' must be auto, float32, bfloat16 or float16"),
@@ -60,7 +61,7 @@ def test_bad_input(args, words, tiny_args, tmp_path, program):
     (['--n_latent=8'], 'n_latent=8 is for'),
     (['--loss_weights=1,2'], "loss_weights='1,2' must be 4 numbers"),
     (['--loss_weights=1'], "loss_weights='1' must be 4"),
-    (['--init_from=gpt2'], "GPT-2's byte pairs"),
+    (['--init_from=gpt2'], 'another vocabulary'),
     (['--init_from=resume'], 'there is no checkpoint'),
 ])
 def test_bad_input_to_the_k_ahead_trainer(args, words, tiny_args, tmp_path, program):
@@ -107,7 +108,8 @@ def test_a_mistake_costs_neither_checkpoint_nor_metrics(tiny_args, tmp_path, pro
     assert program(train.main, *tiny_args)[0] == 0
     before = files()
     other.mkdir()
-    dataset.write_splits(other, [0, 1] * 100, [1, 0] * 50, CHARS[::-1])
+    other_chars = make_tokenizer(['x', *CHARS[1:]])
+    dataset.write_splits(other, [0, 1] * 100, [1, 0] * 50, other_chars)
     resume = '--init_from=resume'
     for args in (['--n_head=3'], [resume, '--n_layer=3'], ['--vocab_size=5'], ['--device=tpu'],
                  [resume, '--block_size=8'], [resume, f'--dataset={other}'],

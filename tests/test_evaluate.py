@@ -6,7 +6,7 @@ from configurator import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import ALL, CHARS, tiny_model
+from conftest import ALL, CHARS, save_hugging_face, tiny_model
 from scipy import stats
 from test_checkpoint import save
 
@@ -94,13 +94,14 @@ def test_logits_in_parts_and_targets_left_out(rows, monkeypatch):
 
 def test_a_model_of_transformers(tmp_path, data_dir, program):
     """The loss that transformers itself has for the exported weights, of GPT-2's byte pairs."""
-    hf = export_huggingface.to_hugging_face(tiny_model(GPT, vocab_size=50304))
-    hf.save_pretrained(tmp_path / 'hf')
+    model = tiny_model(GPT, vocab_size=50304)
+    hf = export_huggingface.to_hugging_face(model)
+    save_hugging_face(model, tmp_path / 'hf')
     text = 'To be, or not to be — that is the 東京 question 🙂, whether it is nobler\n' * 3
     ids = gpt2_encoding().encode(text)
     folder = tmp_path / 'bpe'
     folder.mkdir()
-    write_splits(folder, ids, ids)
+    write_splits(folder, ids, ids, make_tokenizer('gpt2'))
     code, out, err = program(evaluate.main, f'--model={tmp_path / "hf"}', f'--dataset={folder}',
                              '--json', '--device=cpu')
     result, nats = json.loads(out), 0.0
@@ -363,13 +364,13 @@ def test_the_longest_ending_that_fits(call, tmp_path):
 def test_data_of_another_vocabulary(call, tmp_path, data_dir):
     other = tmp_path / 'other'
     other.mkdir()
-    write_splits(other, [0, 1] * 100, [1, 0] * 50, CHARS[::-1])
+    write_splits(other, [0, 1] * 100, [1, 0] * 50, make_tokenizer(['x', *CHARS[1:]]))
     (tmp_path / 'bpe').mkdir()
-    write_splits(tmp_path / 'bpe', [50_000] * 99, [50_000] * 99)
+    write_splits(tmp_path / 'bpe', [50_000] * 99, [50_000] * 99, make_tokenizer('gpt2'))
     (tmp_path / 'short').mkdir()
-    write_splits(tmp_path / 'short', [0] * 99, [0], CHARS)
-    write_splits(data_dir, [0] * 99, [0, 13, 14] * 20, CHARS)
-    for name, words in (('other', 'has another vocabulary than the model'),
+    write_splits(tmp_path / 'short', [0] * 99, [0], make_tokenizer(CHARS))
+    write_splits(data_dir, [0] * 99, [0, 13, 14] * 20, make_tokenizer(CHARS))
+    for name, words in (('other', "has 'x', which the model's vocabulary of 14"),
                         ('bpe', 'has another vocabulary'), ('nothing', 'no folder'),
                         ('data', 'token id 14, which vocab_size=14 does not allow'),
                         ('short', 'has one token')):
@@ -377,7 +378,7 @@ def test_data_of_another_vocabulary(call, tmp_path, data_dir):
         assert code == 2 and out == '' and words in err and err.count('\n') == 1
     assert call('--max_tokens=2')[0] == 0  # before the id that is too large
     model = tiny_model(GPT, vocab_size=50_304)  # padded ids have no bytes
-    write_splits(tmp_path / 'bpe', [50_257] * 99, [50_257] * 99)
+    write_splits(tmp_path / 'bpe', [50_257] * 99, [50_257] * 99, make_tokenizer('gpt2'))
     code, out, err = call(f'--dataset={tmp_path / "bpe"}', model=model, tokenizer='gpt2')
     assert code == 2 and 'token id 50257, which vocab_size=50257 does not allow' in err
 

@@ -25,7 +25,8 @@ from conftest import ALL, ROOT, read_metrics, tiny_model, without_times
 import train as trainer
 from model import GPT
 from model_mla import GPT_MLA
-from runtime import dataset, resume, run_log, saver
+from runtime import dataset, run_log, saver
+from runtime import start as run_start
 from runtime.checkpoint import checkpoint_path, save_checkpoint
 from runtime.loading import load_model
 from runtime.lock import locked
@@ -66,7 +67,8 @@ def finish(args, model_class=GPT, before=None):
 
 
 def end_state(out_dir, name='ckpt.pt'):
-    return torch.load(out_dir / name, weights_only=True), without_times(read_metrics(out_dir))
+    state = torch.load(out_dir / name, weights_only=True)
+    return state, without_times(read_metrics(out_dir, state['model_type']))
 
 
 def assert_same_end(one, other):
@@ -281,25 +283,29 @@ def test_a_new_run_sets_an_earlier_one_aside(args, tmp_path, program):
 def test_a_run_that_comes_second_to_a_new_folder_writes_over_nothing(args, tmp_path, program,
                                                                      monkeypatch):
     """While it loaded, another began there and ended."""
-    make_model, out = resume.make_model, tmp_path / 'out'
+    begin, out = run_start.begin, tmp_path / 'out'
 
-    def late(*args_of_make_model):
-        monkeypatch.setattr(resume, 'make_model', make_model)
+    def late(*args_of_begin):
+        monkeypatch.setattr(run_start, 'begin', begin)
         assert finish(args)[0] == 0
-        return make_model(*args_of_make_model)
-    monkeypatch.setattr(resume, 'make_model', late)
+        return begin(*args_of_begin)
+    monkeypatch.setattr(run_start, 'begin', late)
     code, _, err = program(trainer.main, *args, '--seed=2')
     assert code == 2 and err.count('\n') == 1 and 'has been taken by another run meanwhile' in err
     assert torch.load(out / 'ckpt.pt', weights_only=True)['config']['seed'] == 1337
 
 
 def test_a_run_keeps_its_metrics_whatever_became_of_the_file(args, tmp_path):
-    """Another model's run in the same folder has its own checkpoint and the same metrics.jsonl."""
+    """Another model's run in the same folder has its own files."""
     assert finish([*args, f'--out_dir={tmp_path / "whole"}'])[0] == 0
     assert finish([*args, '--max_iters=4'])[0] == 0
     assert finish([*args, '--max_iters=6'], GPT_MLA)[0] == 0
     assert finish(args)[0] == 0
     assert_same_end(end_state(tmp_path / 'out'), end_state(tmp_path / 'whole'))
+    mla = read_metrics(tmp_path / 'out', 'mla')
+    assert [row['iter'] for row in mla if 'loss' in row] == list(range(6))
+    pictures = {path.name: path.read_text()[:4] for path in (tmp_path / 'out').glob('*.png')}
+    assert pictures == {'loss.png': 'GPT:', 'loss_mla.png': 'GPT_'}
 
 
 def test_other_batches_on_a_resume_are_noted(args, data_dir, tmp_path, program):
@@ -531,7 +537,8 @@ def test_a_loss_that_is_not_finite_is_not_saved_by_a_signal(args, tmp_path, prog
 def test_a_wandb_that_fails_never_stops_training(args, program, monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError('no way to the server')
-    for calls in ({'init': fail}, {'init': lambda **kwargs: None, 'log': fail, 'finish': fail}):
+    begun = {'init': lambda **kwargs: None, 'run': types.SimpleNamespace(id='x')}
+    for calls in ({'init': fail}, {**begun, 'log': fail, 'finish': fail}):
         monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(**calls))
         code, out, err = program(trainer.main, *args, '--wandb_log', '--init_from=scratch')
         assert code == 0 and (out + err).count('without wandb') == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOTH, CHARS, tiny_model
+from conftest import BOTH, CHARS, save_hugging_face, tiny_model
 from test_checkpoint import save
 
 import export_huggingface
@@ -234,8 +234,7 @@ def test_streaming_holds_half_characters_back(tmp_path, program, monkeypatch):
 
 
 def test_samples_from_a_hugging_face_directory(tmp_path, program):
-    hf = export_huggingface.to_hugging_face(tiny_model(GPT, vocab_size=50304))
-    hf.save_pretrained(tmp_path / 'hf')
+    save_hugging_face(tiny_model(GPT, vocab_size=50304), tmp_path / 'hf')
     args = ['--device=cpu', '--num_samples=1', '--max_new_tokens=3', '--start=To be',
             '--dtype=bfloat16']
     code, out, err = program(sample.main, f'--init_from={tmp_path / "hf"}', *args)
@@ -246,7 +245,12 @@ def test_samples_from_a_hugging_face_directory(tmp_path, program):
     (tmp_path / 'bert' / 'config.json').write_text('{"model_type": "bert"}')
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / 'config.json').write_text('{')
-    for name, words in (('chars', "not GPT-2's 50257"), ('bert', "of type 'bert', not a GPT-2"),
+    code, out, err = program(sample.main, tmp_path / 'chars', '--device=cpu', '--start=3 13',
+                             '--num_samples=1', '--max_new_tokens=5')
+    ids = out.splitlines()[1].split()
+    assert code == 0 and 'what the ids of' in err and ids[:2] == ['3', '13'] and len(ids) == 7
+    assert all(0 <= int(i) < 14 for i in ids)
+    for name, words in (('bert', "of type 'bert', not a GPT-2"),
                         ('broken', 'cannot be loaded')):
         code, out, err = program(sample.main, f'--init_from={tmp_path / name}', '--device=cpu')
         assert code == 2 and words in err and err.count('\n') == 1 and out == ''

@@ -28,7 +28,7 @@ def make_saver(tmp_path):
         model = tiny_model(GPT)
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
         scaler = torch.amp.GradScaler('cpu', enabled=False)
-        state = RunState(model, optimizer, scaler, iter_num, best_val_loss,
+        state = RunState(model, None, optimizer, scaler, iter_num, best_val_loss,
                          resumed_from=resumed_from)
         lines = []
         log = SimpleNamespace(warn=lines.append, lines=lines)

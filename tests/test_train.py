@@ -20,6 +20,7 @@ from runtime import dataset, run_log
 from runtime.checkpoint import checkpoint_path
 from runtime.dataset import open_data
 from runtime.loading import load_model
+from runtime.run_folder import kind_path
 from runtime.run_log import draw_loss
 from train import TrainConfig, learning_rate_at
 
@@ -46,7 +47,8 @@ def test_it_learns_and_leaves_checkpoint_metrics_and_picture(model_class, tiny_a
     for row in rows:
         if 'loss' in row:  # 2 micro-batches of 4 sequences of 16 tokens
             assert row['tokens_per_second'] * row['ms_per_iter'] == pytest.approx(2 * 4 * 16 * 1e3)
-    assert (tmp_path / 'out' / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    picture = kind_path(tmp_path / 'out', 'loss.png', model_class.model_type)
+    assert picture.read_bytes().startswith(b'\x89PNG')
     trained = load_model(checkpoint_path(tmp_path / 'out', model_class.model_type))
     assert type(trained.model) is model_class and trained.tokenizer.n_vocab == 14
 
@@ -176,7 +178,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(model_class, dtype, tiny
     half = [f'--out_dir={tmp_path / "half"}']
     # lr_decay_iters is the same, so stopping at 6 is what a machine that dies there would have left
     assert program(lambda: trainer.main(model_class), *args, *half, '--max_iters=6')[0] == 0
-    with open(tmp_path / 'half' / 'metrics.jsonl', 'a') as f:
+    with open(kind_path(tmp_path / 'half', 'metrics.jsonl', model_class.model_type), 'a') as f:
         f.write('{"iter": 6, "lo')  # it died while it wrote a line
     assert program(lambda: trainer.main(model_class), *args, *half, '--init_from=resume')[0] == 0
     resumed = torch.load(tmp_path / 'half' / name, weights_only=True)
@@ -283,9 +285,11 @@ def test_gpt2_weights_are_trained_on_with_a_shorter_context(tiny_args, tmp_path,
     monkeypatch.chdir(tmp_path)
     gpt2_config = GPT2Config(vocab_size=14, n_positions=32, n_embd=16, n_layer=1, n_head=2)
     GPT2LMHeadModel(gpt2_config).save_pretrained('gpt2-local')
-    code, _, err = program(trainer.main, *tiny_args, '--init_from=gpt2-local')
-    assert code == 2 and 'holds characters' in err
-    (data_dir / 'meta.pkl').unlink()  # then the tokens count as GPT-2's
+    gpt2_config.vocab_size = 15
+    GPT2LMHeadModel(gpt2_config).save_pretrained('other')
+    code, _, err = program(trainer.main, *tiny_args, '--init_from=other')
+    assert code == 2 and 'holds 14 characters' in err
+    (data_dir / 'meta.pkl').unlink()  # then nobody says what the tokens are
     args = [a for a in tiny_args if not a.startswith(('--n_', '--block_size'))]
     args.append('--init_from=gpt2-local')
     assert program(trainer.main, *args, '--block_size=8')[0] == 0

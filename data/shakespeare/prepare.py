@@ -1,6 +1,7 @@
 """
 Prepare Tiny Shakespeare in GPT-2's byte pairs: writes train.bin and val.bin (uint16, split 90/10)
-beside this program, as nanoGPT has them. The canonical text gives 301,966 and 36,059 tokens.
+and meta.json, what the ids mean, beside this program. nanoGPT has the same bins. The canonical text
+gives 301,966 and 36,059 tokens.
 
     python data/shakespeare/prepare.py
 
@@ -18,15 +19,16 @@ from configurator import configure, run
 
 from data.tiny_shakespeare import NoSettings, load_text
 from runtime.dataset import write_splits
-from runtime.tokenizer import gpt2_encoding
+from runtime.tokenizer import make_tokenizer
 
 
 def main():
     configure(sys.argv[1:], NoSettings)
     text = load_text(HERE)
     n = int(len(text) * 0.9)
-    encode = gpt2_encoding().encode_ordinary
-    write_splits(HERE, encode(text[:n]), encode(text[n:]))
+    tokenizer = make_tokenizer('gpt2')
+    encode = tokenizer.encode_document
+    write_splits(HERE, encode(text[:n]), encode(text[n:]), tokenizer)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from configurator import UserError, configure, run
+from configurator import configure, run
 
 from data.tiny_shakespeare import NoSettings, load_text
 from runtime.dataset import write_splits
@@ -25,13 +25,11 @@ def main():
     configure(sys.argv[1:], NoSettings)
     text = load_text(HERE)
     chars = sorted(set(text))
-    if len(chars) > 2 ** 16:
-        raise UserError(f'{HERE / "input.txt"} has {len(chars):,} different characters, uint16 '
-                        'holds 65,536')
     print(f'characters {len(text):,}, {len(chars)} different')
-    encode = make_tokenizer(chars).encode
+    tokenizer = make_tokenizer(chars)
+    encode = tokenizer.encode_document
     n = int(len(text) * 0.9)
-    write_splits(HERE, encode(text[:n]), encode(text[n:]), chars)
+    write_splits(HERE, encode(text[:n]), encode(text[n:]), tokenizer)
 
 
 if __name__ == '__main__':

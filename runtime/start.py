@@ -1,0 +1,188 @@
+"""
+What a run starts with: a new model, GPT-2's weights, those of another run, or where this one
+stopped, and the data in the ids of that model.
+"""
+
+import math
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import get_type_hints
+
+from configurator import UserError, build, checked
+
+import torch
+
+from runtime.checkpoint import build_model, read_checkpoint, run_checkpoints, verify_checksums
+from runtime.dataset import Data, open_data, record_remedy, same_data, translate
+from runtime.loading import (
+    checkpoint_settings,
+    checkpoint_tokenizer,
+    find_checkpoint,
+    fits,
+    from_pretrained,
+    hugging_face_tokenizer,
+    is_hugging_face,
+)
+from runtime.parallel import recompute_blocks
+from runtime.resume import Found, RunState, check_class, check_resumable, newest_sound, restore
+from runtime.schedule import contradictions
+from runtime.tokenizer import make_tokenizer
+
+# what a resumed run does not take from its checkpoint
+OF_THE_MACHINE = {'out_dir', 'init_from', 'eval_only', 'device', 'backend'}
+MAY_CHANGE = ('dropout', 'positions', 'loss_weights')  # model settings, with the weights kept
+
+
+def taken_from_checkpoint(config, model_type):
+    """(path, settings): what a run takes from its checkpoint where the command line says nothing.
+    A resumed run takes all but where it runs, and one that starts from another's checkpoint the
+    dataset. (None, {}) where there is no such checkpoint; what is wrong with it, start_run says."""
+    try:
+        if config.init_from in ('resume', 'auto'):
+            path = newest_readable(config.out_dir, model_type)
+        else:
+            path = own_checkpoint(config, model_type)
+        checkpoint = read_checkpoint(path, mmap=True) if path else {}
+    except UserError:
+        return None, {}
+    settings, hints = checkpoint_settings(checkpoint), get_type_hints(type(config))
+    kept = hints.keys() - OF_THE_MACHINE if config.init_from in ('resume', 'auto') else {'dataset'}
+    if 'model_type' not in checkpoint:  # nanoGPT's defaults of these are for its author's GPU
+        kept -= {'dtype', 'compile'}
+    taken = {}
+    for key in sorted(kept & settings.keys()):
+        with suppress(UserError):
+            taken[key] = checked(settings[key], hints[key], key)
+    if not taken.get('dataset'):
+        taken.pop('dataset', None)
+    return path, taken
+
+
+def tell_taken(path, before, config):
+    """Print which settings a run takes from the checkpoint at path."""
+    taken = {key: value for key, value in asdict(config).items() if value != getattr(before, key)}
+    if taken and os.environ.get('RANK', '0') == '0':
+        listed = ' '.join(f'--{key}={value}' for key, value in taken.items())
+        print(f'note: {path} decides what the command line does not: {listed}', flush=True)
+
+
+def newest_readable(out_dir, model_type):
+    """The file of a run with the highest iteration, None if there is none."""
+    found = []
+    for path in run_checkpoints(out_dir, model_type):
+        with suppress(UserError):
+            iter_num = read_checkpoint(path, mmap=True).get('iter_num', 0)
+            found.append((iter_num if type(iter_num) is int else -1, path))
+    return max(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def own_checkpoint(config, model_type):
+    """The path of the checkpoint that init_from names; None for GPT-2's weights and for what is no
+    path. Raises UserError."""
+    if config.init_from in ('scratch', 'resume', 'auto') or is_hugging_face(config.init_from):
+        return None
+    return find_checkpoint(config.init_from, model_type)
+
+
+def start_run(model_class, config, model_args, dtype, processes):
+    """The RunState to begin with. model_args are the model settings that were asked for. Raises
+    UserError for what cannot be trained."""
+    device = 'cpu' if processes.sharded else processes.device
+    start = begin(model_class, config, model_args, device)
+    model, found, data = start.model, start.found, start.data
+    iter_num = found.checkpoint.get('iter_num', 0) if found else 0
+    if processes.any(processes.max(iter_num) != iter_num):
+        raise UserError(f'out_dir={config.out_dir} does not hold the same checkpoint for all '
+                        'processes: it must be a folder that all nodes see')
+    data.check(model.config.block_size, model.config.vocab_size)
+    notes = start.notes + contradictions(config, model.config)
+    if config.gradient_checkpointing:
+        recompute_blocks(model)
+    model = processes.place(model)
+    if processes.sharded and dtype == torch.float16:
+        raise UserError("parallel='fsdp' is not for dtype=float16: use bfloat16 or float32")
+    device_type = processes.device.type
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
+    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate,
+                                           (config.beta1, config.beta2), device_type)
+    state = RunState(model, data, optimizer, scaler, notes=notes)
+    if found:
+        restore(state, found, config, processes)
+    return state
+
+
+@dataclass
+class Start:
+    """What a run starts with."""
+    model: torch.nn.Module
+    data: Data  # in the ids of the model
+    found: Found | None = None  # where it resumes
+    notes: list = field(default_factory=list)
+
+
+def begin(model_class, config, model_args, device):
+    """The Start that init_from names. Raises UserError."""
+    data = open_data(config.dataset)
+    if config.init_from == 'scratch':
+        return from_scratch(model_class, model_args, data)
+    kept = {key: value for key, value in model_args.items() if key in MAY_CHANGE}
+    if config.init_from == 'resume':
+        found = newest_sound(config.out_dir, model_class.model_type, device)
+        model = build_model(found.checkpoint, found.path, **kept)
+        check_resumable(found, model, model_class, config)
+        start = in_its_ids(model, data, found.checkpoint, found.path, config)
+        start.found = found
+    elif path := own_checkpoint(config, model_class.model_type):
+        checkpoint = read_checkpoint(path, device)
+        verify_checksums(path)
+        model = build_model(checkpoint, path, **kept)
+        check_class(path, model, model_class)
+        start = in_its_ids(model, data, checkpoint, path, config)
+    else:
+        tokenizer, note = hugging_face_tokenizer(config.init_from)
+        if tokenizer.knows_text:
+            data = translate(data, tokenizer)  # before a download of gigabytes
+        model = from_pretrained(model_class, config.init_from, **kept)
+        start = Start(model, suited(data, tokenizer, model, says=not note),
+                      notes=[note] if note else [])
+    if config.init_from != 'resume' and model_args.get('block_size', math.inf) < (
+            model.config.block_size):
+        model.crop_block_size(model_args['block_size'])
+    for key, value in model_args.items():
+        has = getattr(model.config, key)
+        if value is not None and value != has:
+            raise UserError(f'{key}={value} was asked for, but init_from={config.init_from} brings '
+                            f'a model with {key}={has}: leave {key} out, or start from scratch')
+    return start
+
+
+def from_scratch(model_class, model_args, data):
+    """A new model for the data, whose vocabulary is padded as nanoGPT pads it where it is GPT-2's
+    or of unknown size."""
+    tokenizer, notes = data.tokenizer, []
+    padded = tokenizer.spec in ('gpt2', {'unknown': None})
+    vocab_size = 50304 if padded else tokenizer.n_vocab
+    settings = {'bias': False, 'vocab_size': vocab_size} | model_args
+    if not tokenizer.knows_text:
+        notes.append(f'{data.folder} does not say what its ids mean (the largest is '
+                     f'{data.largest_id()}): samples are numbers, and bits per byte are unknown. '
+                     + record_remedy(data, make_tokenizer('gpt2')))
+    return Start(model_class(build(model_class.config_class, settings)), data, notes=notes)
+
+
+def in_its_ids(model, data, checkpoint, path, config):
+    """The Start with a checkpoint's model and the data in its ids. Raises UserError."""
+    settings = checkpoint_settings(checkpoint)
+    tokenizer, note = checkpoint_tokenizer(checkpoint, path, config.dataset)
+    own = 'tokenizer' in checkpoint and not same_data(data, str(settings.get('dataset', '')))
+    return Start(model, suited(data, tokenizer, model, says=own), notes=[note] if note else [])
+
+
+def suited(data, tokenizer, model, says):
+    """data in the ids of a model's tokenizer. Where that is unknown, and the model does not say so
+    itself, the data's tokenizer counts if its size fits. Raises UserError."""
+    vocab_size = model.config.vocab_size
+    if not tokenizer.knows_text and not says and fits(data.tokenizer, vocab_size):
+        return data
+    return translate(data, tokenizer)
