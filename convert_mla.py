@@ -5,9 +5,9 @@ Turn a trained GPT into a GPT_MLA, whose keys and values come from a latent of n
 
 and train it on:
 
-    python train_mla.py --init_from=resume --out_dir=out_mla --dataset=shakespeare_char ...
+    python train_mla.py --init_from=resume --out_dir=out_mla
 
-It needs a checkpoint of train.py, or GPT-2's weights, and preferably the data of its training.
+The checkpoint has settings for that, which the command line may change: TRAIN_ON. It needs a checkpoint of train.py, or GPT-2's weights, and preferably the data of its training.
 
 In each layer [k; v] = W x + b. D E takes the place of W (2 n_embd, n_embd): E (n_latent, n_embd)
 becomes the latent encoder, and the halves of D (2 n_embd, n_latent) become key and value. C is the
@@ -32,6 +32,14 @@ from runtime.dataset import draw_batch
 from runtime.device import pick_device
 from runtime.loading import load_model
 from runtime.progress import progress_bar
+
+
+# for training on: the batches and AdamW of the model's own training where it says them, a third of
+# its learning rate, and 1,000 iterations
+TRAIN_ON = {'batch_size': 12, 'gradient_accumulation_steps': 1, 'learning_rate': 3e-4,
+            'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, 'grad_clip': 1.0}
+SCHEDULE = {'max_iters': 1000, 'lr_decay_iters': 1000, 'warmup_iters': 50, 'eval_interval': 100,
+            'eval_iters': 50, 'log_interval': 10}
 
 
 @dataclass
@@ -162,6 +170,14 @@ def open_text(config, trained):
         return None
 
 
+def settings_to_train_on(settings, dataset):
+    """The training settings of a converted model. settings are those of the model's training."""
+    own = {key: settings.get(key, value) for key, value in TRAIN_ON.items()}
+    rate = float(f"{own['learning_rate'] / 3:.1g}")
+    own |= SCHEDULE | {'learning_rate': rate, 'min_lr': float(f'{rate / 10:.1g}')}
+    return own | {'dataset': dataset}
+
+
 def print_errors(errors, weighing):
     """A table of the relative errors of each layer."""
     print(f'\nrelative error, {weighing}\n')
@@ -209,13 +225,14 @@ def main():
         print('\nno val loss: give --dataset=NAME, on which the model was trained')
     try:
         Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-        settings = {'dataset': data.name if data else ''}
+        settings = settings_to_train_on(trained.settings, data.name if data else '')
         save_checkpoint(path, mla, trained.tokenizer, settings, 0)
     except OSError as e:
         raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror or e}): give '
                         'another') from None
-    print(f'saved {path}; train on with train_mla.py --init_from=resume '
-          f'--out_dir={config.out_dir}')
+    named = '' if data else ' --dataset=NAME'
+    print(f'saved {path}; train on with python train_mla.py --init_from=resume '
+          f'--out_dir={config.out_dir}{named}')
 
 
 if __name__ == '__main__':

@@ -83,7 +83,7 @@ def load_model(source, device='cpu', model_type=None, dtype=torch.float32):
     if note:
         print(f'note: {note}', file=sys.stderr)
     for name, p in model.named_parameters():
-        if not p.isfinite().all():
+        if not all(end.isfinite() for end in p.aminmax()):  # which makes no copy
             raise UserError(f'{source} has weights that are not finite, in {name}: give another '
                             'checkpoint')
     return Trained(model.to(device, dtype).eval(), tokenizer, settings.get('dataset', ''),

@@ -172,6 +172,9 @@ def differences(found, config, processes):
         notes.append("the checkpoint is another program's, nanoGPT's for instance, and does not "
                      'say which data it has seen: the order of the data and the dropout start '
                      f'fresh, as those of iteration {iter_num} here')
+    if iter_num == config.max_iters and iter_num and not config.eval_only:
+        notes.append(f'the run is at max_iters={iter_num} already: give a larger --max_iters to '
+                     'train it on')
     if not checkpoint.get('optimizer'):
         notes.append('the checkpoint has no optimizer state: it starts fresh, at iteration '
                      f'{iter_num}')

@@ -108,7 +108,7 @@ class RunLog:
 
     def sample(self, iter_num, text):
         """Say what the model has written at an evaluation."""
-        self.say(f'sample at step {iter_num}:\n' + textwrap.indent(text.rstrip(), '  '))
+        self.say(f'sample at step {iter_num}:\n' + textwrap.indent(text.strip(), '  '))
         self.tell_others({'iter': iter_num, 'sample': text})
 
     def record(self, row):

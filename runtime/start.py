@@ -61,7 +61,8 @@ def taken_from_checkpoint(config, model_type):
 
 def tell_taken(path, before, config):
     """Print which settings a run takes from the checkpoint at path."""
-    taken = {key: value for key, value in asdict(config).items() if value != getattr(before, key)}
+    taken = {key: f'{value:g}' if isinstance(value, float) else value
+             for key, value in asdict(config).items() if value != getattr(before, key)}
     if taken and os.environ.get('RANK', '0') == '0':
         listed = ' '.join(f'--{key}={value}' for key, value in taken.items())
         print(f'note: {path} decides what the command line does not: {listed}', flush=True)

@@ -142,6 +142,10 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, spec):
         self.spec, content = spec, json.loads(spec['bpe'])
+        # two files may differ in more, such as how a batch is padded
+        self.meaning = [content['model']['vocab'], content['model']['merges'],
+                        content.get('normalizer'), content['pre_tokenizer'],
+                        sorted(token['content'] for token in content['added_tokens'])]
         self.tokenizer = read_byte_pairs(spec['bpe'])
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.n_vocab = 1 + max(vocabulary.values())
@@ -154,6 +158,9 @@ class BPETokenizer(Tokenizer):
         for token, i in vocabulary.items():
             is_text = token in special or not set(token) <= byte_of.keys()
             self.bytes_of[i] = token.encode() if is_text else bytes(byte_of[c] for c in token)
+
+    def __eq__(self, other):
+        return isinstance(other, BPETokenizer) and self.meaning == other.meaning
 
     def encode(self, text):
         self.tokenizer.encode_special_tokens = False

@@ -2,15 +2,19 @@ import pickle
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from configurator import UserError
 
+import numpy as np
 import pytest
 import torch
 from conftest import BOTH, CHARS, ROOT, tiny_model
 
 import convert_mla
 import export_huggingface
+import sample
+import train
 from model import GPT, GPTConfig
 from model_mla import GPT_MLA
 from runtime import checkpoint as ckpt
@@ -257,3 +261,51 @@ def test_a_size_that_cannot_be_is_damage_and_a_full_memory_is_not(
     with pytest.raises(error) as e:
         ckpt.read_checkpoint(tmp_path / 'ckpt.pt')
     assert type(e.value) is error
+
+
+@pytest.mark.parametrize('prefix', ['_orig_mod.', 'module.', 'module._orig_mod.',
+                                    '_orig_mod.module.'])
+def test_what_compile_and_ddp_leave_before_names_is_taken_off(prefix, tmp_path):
+    model = tiny_model(GPT)
+    save(tmp_path / 'ckpt.pt', model)
+    checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    checkpoint['model'] = {prefix + name: p for name, p in checkpoint['model'].items()}
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    loaded = load_model(tmp_path).model
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters()))
+
+
+@pytest.mark.parametrize('value, kind', [
+    (np.float64(1.5), 'numpy.*scalar'), (np.zeros(2), 'numpy.ndarray'),
+    (Path('out'), 'pathlib.PosixPath')])
+def test_a_whole_checkpoint_with_more_than_numbers_and_text(value, kind, tmp_path, program):
+    """It is neither damaged nor lost: the message says what it holds, and a resume leaves it."""
+    save(tmp_path / 'ckpt.pt', tiny_model(GPT))
+    checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    torch.save(checkpoint | {'best_val_loss': value}, tmp_path / 'ckpt.pt')
+    whole = (tmp_path / 'ckpt.pt').read_bytes()
+    with pytest.raises(UserError, match=f'is whole but holds .*{kind}.*save it again') as e:
+        load_model(tmp_path)
+    assert 'damaged' not in str(e.value) and 'train anew' not in str(e.value)
+    code, _, err = program(train.main, '--init_from=resume', f'--out_dir={tmp_path}')
+    assert code == 2
+    assert (tmp_path / 'ckpt.pt').read_bytes() == whole
+    # damaged in the same place, it is damaged again
+    at = whole.index(b'best_val_loss') + 3
+    (tmp_path / 'ckpt.pt').write_bytes(whole[:at] + b'?' + whole[at + 1:])
+    with pytest.raises(UserError, match='is damaged'):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite(value, tmp_path, program):
+    model = tiny_model(GPT)
+    model.transformer.h[1].mlp.c_fc.weight.data[3, 2] = value
+    save(tmp_path / 'ckpt.pt', model)
+    words = f'{tmp_path} has weights that are not finite, in transformer.h.1.mlp.c_fc.weight'
+    to = f'--out_dir={tmp_path}/m'
+    for main, args in ((sample.main, ['--top_k=1']), (convert_mla.main, [to]),
+                       (export_huggingface.main, [tmp_path / 'hf'])):
+        code, out, err = program(main, tmp_path, *args)
+        assert code == 2 and out == '' and words in err and err.count('\n') == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
