@@ -10,6 +10,7 @@ import train
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 from runtime import dataset
+from runtime.record import write_record
 from runtime.tokenizer import make_tokenizer
 
 pytestmark = pytest.mark.usefixtures('no_picture')
@@ -79,7 +80,7 @@ def test_a_checkpoint_of_another_model_type(tiny_args, tmp_path, program):
 
 
 def test_gpt2s_weights_do_not_fit_mla(tiny_args, data_dir, program):
-    (data_dir / 'meta.pkl').unlink()
+    write_record(data_dir, make_tokenizer('gpt2'))
     code, _, err = program(lambda: train.main(GPT_MLA), *tiny_args, '--init_from=gpt2')
     assert code == 2 and 'multi-head attention' in err
 
