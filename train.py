@@ -179,7 +179,7 @@ def estimate_loss(model, batches, config, dtype, processes, log):
 
 @dataclass
 class TrainConfig:
-    out_dir: str = 'out'  # where checkpoint, metrics.jsonl and loss.png go
+    out_dir: str = 'out'  # where checkpoint, metrics and the picture of the losses go
     eval_interval: int = 2000  # iterations between evaluations; each may write a checkpoint
     log_interval: int = 1  # iterations between lines in the log
     eval_iters: int = 200  # batches per evaluation and split

@@ -132,7 +132,7 @@ def read_documents(path, key, counts):
 
 
 def open_plain(path):
-    return (gzip.open if path.lower().endswith('.gz') else open)(path, 'rb')
+    return (gzip.open if str(path).lower().endswith('.gz') else open)(path, 'rb')
 
 
 def decoded(path, counts):

@@ -45,7 +45,7 @@ PROGRAMS = [
     ('bench.py train', 'bench', 'StepConfig'),
     ('bench.py k-ahead', 'bench', 'KAheadDecodeConfig'),
     ('bench.py prepare', 'bench', 'PrepareBenchConfig'),
-    ('data/openwebtext/prepare.py', 'data.openwebtext.prepare', 'PrepareConfig'),
+    ('data/prepare.py', 'data.prepare', 'PrepareConfig'),
     ('visualize_residual_space_gpt2.py', 'visualize_residual_space_gpt2', 'ResidualConfig'),
 ]
 MODEL_KEYS = [

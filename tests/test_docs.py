@@ -22,13 +22,14 @@ from analysis import NAMES
 from analysis.program import AnalysisConfig
 from bench import DecodeConfig, KAheadDecodeConfig, PrepareBenchConfig, StepConfig
 from convert_mla import ConvertConfig
-from data import tiny_shakespeare
-from data.openwebtext.prepare import PrepareConfig
+from data import pipeline, prepare, tiny_shakespeare
+from data.prepare import PrepareConfig
 from evaluate import EvaluateConfig
 from export_huggingface import ExportConfig
 from model import GPT
 from model_k_ahead import KAheadConfig
 from model_mla import GPT_MLA
+from runs import RunsConfig
 from runtime import dataset
 from runtime.checkpoint import save_checkpoint
 from runtime.dataset import write_splits
@@ -82,6 +83,7 @@ SHORTER = {
     'bench.py decode': f'{SHAPE} --vocab_size=50 --contexts=4 --new_tokens=2 --rounds=1',
     'bench.py k-ahead': '--prompts=2 --new_tokens=4',
     'convert_mla.py': '--calibration_tokens=256',
+    'data/prepare.py': '--workers=1',
     'data/openwebtext/prepare.py': '--workers=1',
     'analysis.induction_heads': '--sequences=2',
     'analysis.attention_patterns': '--sequences=2',
@@ -115,7 +117,7 @@ def shorter(words):
     """Options that make the program of a command quick."""
     program = program_of(words)
     options = SHORTER.get(program, '').split()
-    from_scratch = not any(re.search('init_from=resume|gpt2.py|finetune', word) for word in words)
+    from_scratch = not any(re.search('init_from=|gpt2.py|finetune', word) for word in words)
     if program.startswith(('train', 'test_shakespeare')) and from_scratch:
         options += SHAPE.split()
     return options
@@ -147,6 +149,7 @@ def prepared(tmp_path_factory):
     for name in ('gpt2-xl', 'path/to/gpt2'):
         (root / name).symlink_to(root / 'gpt2')
     (root / 'prompt.txt').write_text('To be')
+    (root / 'book.txt').write_text(text[:20_000])
     question = {'ctx': 'To be', 'endings': ['or not to be', 'a', 'b', 'c'], 'label': 0}
     (root / 'hellaswag_val.jsonl').write_text((json.dumps(question) + '\n') * 3)
     (root / 'corpus' / 'part').mkdir(parents=True)
@@ -161,10 +164,11 @@ def world(prepared, tmp_path, monkeypatch):
     shutil.copytree(prepared, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dataset, 'DATA', tmp_path / 'data')
-    for name in DATASETS:
-        prepare = importlib.import_module(f'data.{name}.prepare')
-        monkeypatch.setattr(prepare, 'HERE', tmp_path / 'data' / name)
-    monkeypatch.setattr(prepare, 'ProcessPoolExecutor',  # openwebtext's
+    for name in ('shakespeare_char', 'shakespeare'):
+        program = importlib.import_module(f'data.{name}.prepare')
+        monkeypatch.setattr(program, 'HERE', tmp_path / 'data' / name)
+    monkeypatch.setattr(prepare, 'HERE', tmp_path / 'data')
+    monkeypatch.setattr(pipeline, 'ProcessPoolExecutor',
                         lambda workers, *args: ThreadPoolExecutor(workers))
     # drawing takes most of the time, and other tests look at the pictures
     monkeypatch.setattr(Figure, 'savefig', lambda figure, path, **_: Path(path).write_bytes(b'PNG'))
@@ -244,7 +248,7 @@ def test_the_reference_is_current():
 @pytest.mark.parametrize('config_class', [
     TrainConfig, KAheadConfig, SampleConfig, EvaluateConfig, ConvertConfig, ExportConfig,
     DecodeConfig, StepConfig, KAheadDecodeConfig, PrepareBenchConfig, PrepareConfig,
-    ResidualConfig, AnalysisConfig])
+    ResidualConfig, RunsConfig, AnalysisConfig])
 def test_every_key_is_explained_with_its_default(config_class):
     rows = [f'| `{f.name}` | `{f.default!r}` | ' for f in fields(config_class)]
     reference = (ROOT / 'docs' / 'reference.md').read_text()
