@@ -22,7 +22,7 @@ import train
 import visualize_residual_space_gpt2 as visualize
 from analysis import ablation, induction_heads
 from analysis.program import main as analysis_main
-from data.openwebtext import prepare
+from data import prepare
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
@@ -101,7 +101,7 @@ def programs(tiny_args, tmp_path, data_dir, monkeypatch):
          ['--num_samples=1', '--max_new_tokens=2']),
         (evaluate.main, [model], (evaluate.EvaluateConfig,), ['--max_tokens=40']),
         (prepare.main, [f'--out_dir={tmp_path / "prepared"}', '--workers=1'],
-         (prepare.PrepareConfig,), [f'--source={source}']),
+         (prepare.PrepareConfig,), [f'--source={source}', '--tokenizer=gpt2']),
         (convert_mla.main, [str(tmp_path / 'ckpt.pt'), f'--out_dir={tmp_path / "converted"}'],
          (convert_mla.ConvertConfig,), ['--calibration_tokens=16', '--val_tokens=16']),
         (visualize.main, [model, out], (visualize.ResidualConfig,), ['--animation=False']),
