@@ -50,8 +50,8 @@ class Counts:
 
 def find_files(source, out_dir):
     """[(path, bytes, time of change in ns)] of the files that source names, each once, sorted by
-    path: files, folders and globs, separated by commas. What this program writes to out_dir is
-    not among them. An entry takes some 0.3 KB of memory. Raises UserError."""
+    path: files, folders and globs, separated by commas. What this program writes is not among
+    them. An entry takes some 0.3 KB of memory. Raises UserError."""
     paths, others = set(), []
     own = os.path.join(os.path.abspath(out_dir), '')
     for pattern in [source] if os.path.exists(source) else source.split(','):
@@ -60,7 +60,9 @@ def find_files(source, out_dir):
             raise UserError(f'source={pattern} ends in none of {", ".join(KINDS)}, with or without '
                             '.gz: convert it to one of them')
         for path in map(os.path.abspath, match(pattern)):
-            if path.startswith((f'{own}parts{os.sep}', f'{own}meta.json')):
+            folder, name = os.path.split(path)
+            is_record = name == 'meta.json' and os.path.exists(os.path.join(folder, 'train.bin'))
+            if is_record or path.startswith(f'{own}parts{os.sep}'):
                 continue
             if file_kind(path):
                 paths.add(path)

@@ -316,9 +316,13 @@ class Cut:
                 found.append((number, start, stop))
         return found
 
-    def places(self, order, split):
-        """(first, end) of a split."""
-        return (0, self.place + 1) if split == 'val' else (self.place + (not self.byte), len(order))
+    def ranges(self, order, split, step):
+        """The places of a split as pairs (first, end), of at most step places. The document that
+        goes on in val is the last of train, so that no other follows where it is cut."""
+        start, end = (0, self.place + 1) if split == 'val' else (self.place + 1, len(order))
+        found = [(first, min(first + step, end)) for first in range(start, end, step)]
+        is_cut = split == 'train' and self.byte
+        return [*found, (self.place, self.place + 1)] if is_cut else found
 
 
 def find_cut(documents, order, val_share):
@@ -400,14 +404,12 @@ def tokenize(pool, documents, order, cut, work, part_documents):
     step = max(1, min(part_documents, math.ceil(len(order) / LEAST_PARTS)))
     parts, tasks = {}, []
     for split in SPLITS:
-        start, end = cut.places(order, split)
-        firsts = range(start, end, step)
-        parts[split] = [work / f'{split}.{i:06d}.part' for i in range(len(firsts))]
-        for first, target in zip(firsts, parts[split]):
-            n = min(step, end - first)
+        ranges = cut.ranges(order, split, step)
+        parts[split] = [work / f'{split}.{i:06d}.part' for i in range(len(ranges))]
+        for (first, end), target in zip(ranges, parts[split]):
             if not target.exists():
-                task = (documents, order, cut, split, first, first + n, work / 'tokenizer', target)
-                tasks.append((task, n))
+                task = (documents, order, cut, split, first, end, work / 'tokenizer', target)
+                tasks.append((task, end - first))
     n_parts = sum(map(len, parts.values()))
     if len(tasks) < n_parts:
         print(f'goes on    {n_parts - len(tasks):,} of {n_parts:,} parts are there')

@@ -106,10 +106,9 @@ def learn_pairs(documents, order, cut, vocab_size):
 def train_text(documents, order, cut, unused):
     """Yield the text of train in pieces, in the shuffled order, until MOST_LEARNED characters are
     reached. The piece that would go beyond them is put into the list unused."""
-    start, end = cut.places(order, 'train')
     n = 0
-    for first in range(start, end, 100):
-        spans = cut.spans(order, 'train', first, min(first + 100, end))
+    for first, end in cut.ranges(order, 'train', 100):
+        spans = cut.spans(order, 'train', first, end)
         for piece in itertools.chain.from_iterable(documents.read(spans)):
             n += len(piece)
             if n > MOST_LEARNED:
