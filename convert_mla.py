@@ -7,7 +7,8 @@ and train it on:
 
     python train_mla.py --init_from=resume --out_dir=out_mla
 
-The checkpoint has settings for that, which the command line may change: TRAIN_ON. It needs a checkpoint of train.py, or GPT-2's weights, and preferably the data of its training.
+The checkpoint has settings for that: TRAIN_ON and SCHEDULE. convert_mla.py needs a checkpoint of
+train.py, or GPT-2's weights, and preferably the data of its training.
 
 In each layer [k; v] = W x + b. D E takes the place of W (2 n_embd, n_embd): E (n_latent, n_embd)
 becomes the latent encoder, and the halves of D (2 n_embd, n_latent) become key and value. C is the
@@ -32,7 +33,6 @@ from runtime.dataset import draw_batch
 from runtime.device import pick_device
 from runtime.loading import load_model
 from runtime.progress import progress_bar
-
 
 # for training on: the batches and AdamW of the model's own training where it says them, a third of
 # its learning rate, and 1,000 iterations

@@ -5,6 +5,7 @@ import gzip
 import importlib
 import io
 import json
+import pickle
 import re
 import runpy
 import shlex
@@ -14,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import save_hugging_face, tiny_model
 from matplotlib.figure import Figure
+from test_tokenizer import learned
 
 from analysis import NAMES
 from analysis.program import AnalysisConfig
@@ -59,8 +62,8 @@ NOT_RUN = {  # commands that the test of a page does not run, and why
         GPUS + '; ' + TESTED + 'tests/test_two_nodes.py',
     'sbatch config/train_gpt2_mla.slurm': GPUS + '; ' + TESTED + 'tests/test_two_nodes.py',
     'python data/openwebtext/prepare.py': NETWORK,
-    'python data/openwebtext/prepare.py --dataset=HuggingFaceFW/fineweb-edu '
-    '--subset=sample-10BT --out_dir=data/fineweb': NETWORK,
+    'python data/prepare.py --dataset=HuggingFaceFW/fineweb-edu --subset=sample-10BT '
+    '--out_dir=data/fineweb --tokenizer=gpt2': NETWORK,
     'python bench.py train --steps=1': TESTED + 'tests/test_bench.py',
     'python bench.py prepare --against=../nanoGPT': NANOGPT,
     'python bench.py decode --contexts=1 --new_tokens=512 --against=../nanoGPT,transformers':
@@ -205,6 +208,58 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, world, monkeypatch
             continue
         code = execute(command, monkeypatch)
         assert code == 0, f'{command}\n{capsys.readouterr().err}'
+
+
+def table_of_data():
+    """The rows of docs/data.md's table: what there is, how it is prepared, how it is trained."""
+    rows = (ROOT / 'docs' / 'data.md').read_text().split('|---|---|---|\n')[1].split('\n\n')[0]
+    return [[cell.strip(' `') for cell in row.strip('|').split(' | ')] for row in rows.split('\n')]
+
+
+def write_what_people_have(text):
+    """The files that the table names, in the working directory."""
+    rng = np.random.default_rng(0)
+    for folder in ('notes', 'novels'):
+        Path(folder).mkdir()
+    for i in range(5):
+        Path('notes', f'{i}.md').write_text(f'# Note {i}\n{text[i * 900:][:900]}\n')
+        Path('novels', f'{i}.txt').write_text('\u6771\u4eac\u7684\u590f\u3002\n' * 90)
+    lines = [{'text': text[i:i + 300] if i % 1500 else ''} for i in range(0, 15_000, 300)]
+    Path('posts.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    Path('genome.txt').write_text(''.join(rng.choice(list('ACGT'), size=9000)))
+    Path('tokenizer.json').write_text(learned().to_str())
+    words = [f'word{i}' for i in range(100_000)]
+    for name, ids, dtype in (
+            ('words', rng.integers(100_000, size=900), np.uint32),
+            ('nanogpt', make_tokenizer('gpt2').encode(text[:5000]), np.uint16),
+            ('ids', rng.integers(1500, size=900), np.uint16)):
+        Path('data', name).mkdir()
+        for split in ('train', 'val'):
+            np.array(ids, dtype=dtype).tofile(Path('data', name, f'{split}.bin'))
+    Path('data', 'words', 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 100_000,
+                                                                'itos': words}))
+
+
+@pytest.mark.parametrize('row', table_of_data(), ids=lambda row: row[0])
+def test_each_row_of_the_table_of_data(row, world, monkeypatch, capsys):
+    """Its commands run, and a sample has what the user's text has."""
+    write_what_people_have(Path('book.txt').read_text())
+    _, prepare_command, options = row
+    if prepare_command != 'nothing':
+        assert execute(prepare_command, monkeypatch) == 0, capsys.readouterr().err
+    train = f'python train.py config/train_shakespeare_char_cpu.py {options}'
+    assert execute(train, monkeypatch) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    out_dir = options.split('--out_dir=')[1]
+    assert execute(f'python sample.py {out_dir} --json', monkeypatch) == 0
+    said = capsys.readouterr()
+    sample, = map(json.loads, said.out.splitlines())
+    is_right = {'out_book': lambda text: set(text) <= set(Path('book.txt').read_text()),
+                'out_novels': lambda text: set(text) <= set('\u6771\u4eac\u7684\u590f\u3002\n'),
+                'out_dna': lambda text: set(text) <= set('ACGT') and 'no line break' in said.err,
+                'out_words': lambda text: all(word.startswith('word') for word in text.split()),
+                'out_ids': lambda text: [int(word) for word in text.split()] == sample['tokens']}
+    assert len(sample['tokens']) == 4 and is_right.get(out_dir, len)(sample['text']), sample
 
 
 def test_what_is_not_run_stands_somewhere():
