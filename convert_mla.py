@@ -30,7 +30,7 @@ from model_mla import GPT_MLA, MLAConfig
 from models import describe
 from runtime.checkpoint import checkpoint_path, save_checkpoint
 from runtime.dataset import draw_batch
-from runtime.device import pick_device
+from runtime.device import pick_float64_device
 from runtime.loading import load_model
 from runtime.progress import progress_bar
 
@@ -194,9 +194,7 @@ def main():
     if path.exists():
         raise UserError(f'out_dir={config.out_dir} has a {path.name} already: give another '
                         'out_dir')
-    device, device_type = pick_device(config.device)
-    if device_type == 'mps':  # which has no float64
-        device = torch.device('cpu')
+    device = pick_float64_device(config.device)
     trained = load_model(config.model, device)
     model = trained.model
     if type(model) is not GPT:

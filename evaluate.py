@@ -13,10 +13,16 @@ independent draws, and neither are neighbouring windows. So the standard error i
 windows.
 
 A question is a line of JSON with ctx (or ctx_a and ctx_b), endings and label, as in HellaSwag
-(Zellers et al. 2019). The model reads ctx + ' ' + ending as it stands and picks the likeliest
-ending: by its log-probability (acc), and by that over its UTF-8 bytes (acc_norm).
-lm-evaluation-harness does the same with a text that it cleans first. The intervals of acc are
-those of Wilson 1927.
+(Zellers et al. 2019). The model picks the likeliest ending, in two ways:
+
+    acc, acc_norm                   it reads ctx + ' ' + ending as it stands; by the ending's
+                                    log-probability, and by that over its UTF-8 bytes
+    acc_harness, acc_norm_harness   as lm-evaluation-harness: activity_label, ctx_a and ctx_b with a
+                                    capital, both cleaned of brackets; by the log-probability, and
+                                    by that over the ending's characters
+
+The second way is left out where a question lacks what it needs. The intervals are those of Wilson
+1927.
 
 The first head of a k-ahead model answers. Weights stay float32. dtype is that of the arithmetic in
 the blocks.
@@ -24,6 +30,7 @@ the blocks.
 
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -175,21 +182,20 @@ def text_scores(model, tokens, tokenizer, dtype, batch_size):
 class Question:
     context: list  # token ids
     endings: list  # their token ids, a list for each
-    n_bytes: np.ndarray  # of each ending
+    lengths: np.ndarray  # of each ending, in bytes or in characters
     label: int  # which of them is right
 
 
-def read_question(line, where, model, tokenizer):
-    """A line of JSON -> Question. Raises UserError, which begins with where."""
+def read_row(line, where):
+    """A line of JSON -> its dictionary, in which endings and label are sound. Raises UserError,
+    which begins with where."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise UserError(f'{where} is not JSON: {e}') from None
     row = row if isinstance(row, dict) else {}
-    parts = [row['ctx']] if 'ctx' in row else [row.get('ctx_a'), row.get('ctx_b')]
-    if not all(isinstance(part, str) for part in parts) or not any(parts):
-        raise UserError(f'{where} has no text ctx, nor ctx_a and ctx_b')
-    endings, label, block_size = row.get('endings'), row.get('label'), model.config.block_size
+    context_of(row, where)
+    endings, label = row.get('endings'), row.get('label')
     several = isinstance(endings, list) and len(endings) >= 2
     if not several or not all(isinstance(end, str) and end for end in endings):
         raise UserError(f'{where}: endings must be a list of two texts or more, none of them '
@@ -197,34 +203,85 @@ def read_question(line, where, model, tokenizer):
     if type(label) not in (int, str) or str(label) not in map(str, range(len(endings))):
         raise UserError(f'{where}: label={label!r} must be a number from 0 to {len(endings) - 1}, '
                         'that of the right ending')
-    context = encode(tokenizer, where, ' '.join(filter(None, parts)))
-    ids = [encode(tokenizer, where, ' ' + end) for end in endings]
-    longest = max(map(len, ids))
+    return row
+
+
+def context_of(row, where):
+    """What a question's endings go on from, as it stands. Raises UserError, which begins with
+    where."""
+    parts = [row['ctx']] if 'ctx' in row else [row.get('ctx_a'), row.get('ctx_b')]
+    if not all(isinstance(part, str) for part in parts) or not any(parts):
+        raise UserError(f'{where} has no text ctx, nor ctx_a and ctx_b')
+    return ' '.join(filter(None, parts))
+
+
+def as_it_stands(row, where, model, tokenizer):
+    """The Question of a row, whose text is not changed. Raises UserError, which begins with
+    where."""
+    context = encode(tokenizer, where, context_of(row, where))
+    ids = [encode(tokenizer, where, ' ' + end) for end in row['endings']]
+    n_bytes = [len(end.encode('utf-8', errors='replace')) for end in row['endings']]
+    return checked_question(context, ids, n_bytes, row, where, model)
+
+
+def as_the_harness(row, where, model, tokenizer):
+    """The Question of a row as lm-evaluation-harness puts it (its tasks/hellaswag/utils.py). Raises
+    UserError, which begins with where, for a row that lacks what that needs."""
+    parts = [row.get(key) for key in ('activity_label', 'ctx_a', 'ctx_b')]
+    if not all(isinstance(part, str) for part in parts):
+        raise UserError(f'{where} has no text activity_label, ctx_a and ctx_b')
+    label, first, second = parts
+    text = without_brackets(f'{label}: {first} {second.capitalize()}')
+    endings = [without_brackets(ending) for ending in row['endings']]
+    if not all(endings):
+        raise UserError(f'{where} has an ending of brackets alone')
+    context = encode(tokenizer, where, text.rstrip())
+    # context and ending are encoded together, as the harness does
+    ids = [encode(tokenizer, where, f'{text} {ending}')[len(context):] for ending in endings]
+    return checked_question(context, ids, [*map(len, endings)], row, where, model)
+
+
+def without_brackets(text):
+    """text without what WikiHow has left in HellaSwag."""
+    text = text.strip().replace(' [title]', '. ')
+    return re.sub(r'\[.*?\]', '', text).replace('  ', ' ')
+
+
+def checked_question(context, ids, lengths, row, where, model):
+    """The Question, if the model can take it. Raises UserError."""
+    longest, block_size = max(map(len, ids)), model.config.block_size
     if longest >= block_size:
         raise UserError(f'{where} has an ending of {longest} tokens, the model can take '
                         f'block_size - 1 = {block_size - 1}')
     check_ids(max(map(max, [context, *ids])), model.config.vocab_size, where)
-    n_bytes = np.array([len(end.encode('utf-8', errors='replace')) for end in endings])
-    return Question(context, ids, n_bytes, int(label))
+    return Question(context, ids, np.array(lengths), int(row['label']))
 
 
 def read_questions(path, max_questions, model, tokenizer):
-    """The first max_questions of a JSON lines file, all for 0. Empty lines do not count. Raises
-    UserError."""
-    questions = []
+    """The first max_questions of a JSON lines file, all for 0, as Questions that stand as they are,
+    and as lm-evaluation-harness puts them. The latter are none where one lacks what that needs,
+    and a line says so. Empty lines do not count. Raises UserError."""
+    questions, harness, problem = [], [], ''
     try:
         with open(path, encoding='utf-8') as f:
             for number, line in enumerate(f, start=1):
                 if line.strip():
                     where = f'{path}, line {number}'
-                    questions.append(read_question(line, where, model, tokenizer))
+                    row = read_row(line, where)
+                    questions.append(as_it_stands(row, where, model, tokenizer))
+                    try:
+                        harness.append(as_the_harness(row, where, model, tokenizer))
+                    except UserError as e:
+                        problem = problem or str(e)
                 if len(questions) == max_questions > 0:
                     break
     except (OSError, UnicodeError) as e:
         raise UserError(f'hellaswag={path} cannot be read: {e}') from None
     if not questions:
         raise UserError(f'hellaswag={path} is empty: give a file with a question in each line')
-    return questions
+    if problem:
+        print(f'note: no scores as lm-evaluation-harness has them: {problem}', file=sys.stderr)
+    return questions, [] if problem else harness
 
 
 def ending_losses(model, questions, dtype, batch_size):
@@ -254,21 +311,22 @@ def ending_losses(model, questions, dtype, batch_size):
     return np.split(nats, np.cumsum([len(q.endings) for q in questions])[:-1])
 
 
-def question_scores(model, questions, dtype, batch_size):
+def question_scores(model, questions, dtype, batch_size, kind=''):
     """acc and acc_norm of Questions, with their intervals, and the share that guessing gets right,
-    a dictionary. Raises UserError where the model gives no numbers."""
+    a dictionary. kind is added to the names of the scores. Raises UserError where the model gives
+    no numbers."""
     nats, n = ending_losses(model, questions, dtype, batch_size), len(questions)
     if not all(np.isfinite(loss).all() for loss in nats):
         raise UserError('the loss of an ending is no number: the weights are damaged, or too '
                         f'large for {dtype}')
     answers = list(zip(nats, questions))
     right = sum(int(loss.argmin() == q.label) for loss, q in answers)
-    right_norm = sum(int((loss / q.n_bytes).argmin() == q.label) for loss, q in answers)
+    right_norm = sum(int((loss / q.lengths).argmin() == q.label) for loss, q in answers)
     acc, interval = wilson(right, n)
     acc_norm, norm_interval = wilson(right_norm, n)
     chance = float(np.mean([1 / len(q.endings) for q in questions]))
-    return {'questions': n, 'chance': chance, 'acc': acc, 'acc_interval': interval,
-            'acc_norm': acc_norm, 'acc_norm_interval': norm_interval}
+    return {'questions': n, 'chance': chance, f'acc{kind}': acc, f'acc{kind}_interval': interval,
+            f'acc_norm{kind}': acc_norm, f'acc_norm{kind}_interval': norm_interval}
 
 
 def open_text(config, trained):
@@ -294,7 +352,8 @@ def print_scores(scores):
     print(f'\n{"":<43}95 % interval')
     for key, form, unit in (('loss', '{:.4f}', 'nats/token'), ('perplexity', '{:.3f}', ''),
                             ('bits_per_byte', '{:.4f}', 'bits/byte'), ('acc', '{:.1%}', ''),
-                            ('acc_norm', '{:.1%}', '')):
+                            ('acc_norm', '{:.1%}', ''), ('acc_harness', '{:.1%}', ''),
+                            ('acc_norm_harness', '{:.1%}', '')):
         if key in scores:
             interval, spread = scores[f'{key}_interval'], 'unknown from a single window'
             if interval:
@@ -311,15 +370,18 @@ def main():
     trained = load_model(config.model, device)
     model, tokenizer = trained.model, trained.tokenizer
     dataset, tokens = open_text(config, trained)
-    questions = []
+    questions, harness = [], []
     if config.hellaswag:
-        questions = read_questions(config.hellaswag, config.max_questions, model, tokenizer)
+        questions, harness = read_questions(config.hellaswag, config.max_questions, model,
+                                            tokenizer)
 
     text, choice = {}, {}
     if dataset:
         text = text_scores(model, tokens, tokenizer, dtype, config.batch_size)
     if questions:
         choice = question_scores(model, questions, dtype, config.batch_size)
+    if harness:
+        choice |= question_scores(model, harness, dtype, config.batch_size, '_harness')
     if config.json:
         used = {'dataset': dataset, 'dtype': str(dtype).removeprefix('torch.')}
         result = {'model': describe(model), **text, 'hellaswag': choice or None,

@@ -99,8 +99,9 @@ def find_latents(subject, heads):
     latents = [joint_reading_space(heads, layer) for layer in range(n_layer)]
     if any(latent.size(1) >= n_embd - 1 for latent in latents):
         raise UserError('latent_directions needs a latent narrower than the residual stream, and '
-                        f'the keys and values of {subject.source} read all {n_embd} dimensions, as '
-                        'those of MHA do: give an MLA model')
+                        f'the keys and values of {subject.source} read all {n_embd - 1} dimensions '
+                        'of it (LayerNorm takes the mean out), as those of MHA do: give an MLA '
+                        'model')
     if not all(latent.size(1) for latent in latents):
         raise UserError(f'the keys and values of {subject.source} read nothing in some layer: give '
                         'a trained model')

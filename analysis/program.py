@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from models import describe
-from runtime.device import pick_device
+from runtime.device import pick_float64_device
 from runtime.loading import Trained, load_model
 from sample import encode, read_prompt
 
@@ -108,8 +108,7 @@ def read_command(config_class):
     keys = [f.name for f in dataclasses.fields(config_class)]
     models = [key for key in ('model', 'other') if key in keys]
     config, _ = configure(sys.argv[1:], config_class, positional=models)
-    device, _ = pick_device(config.device)
-    return config, load_subject(config.model, device)
+    return config, load_subject(config.model, pick_float64_device(config.device))
 
 
 def main(name, Config, analyse, table, plot, plot_prompt=None):

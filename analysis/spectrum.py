@@ -23,7 +23,9 @@ a wider edge. Outliers are counted against two kinds of noise: noise through the
 latent, of which an untrained model has none, and noise without a latent (common), the same
 yardstick for both attentions. The two can order MHA and MLA differently. The entries of this noise
 have one variance. Gains of ln_1 that differ by half or more between dimensions look like outliers
-too.
+too. At most half of the singular values and one more can be told from noise. A head whose count
+has reached that has at least so many, and so has a mean over heads with such a one. Where many
+more stand out alike, they are taken for the noise, and the count is too low.
 
 Over a text, the same is asked of the scores q k^T (keys less their mean, which no softmax sees)
 and of what the heads write for each token that they read, v W_O (less its mean). Noise there would
@@ -32,7 +34,7 @@ singular values are outliers, and the effective rank says more.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from configurator import UserError, run
@@ -66,6 +68,8 @@ class Spectra:
     effective_rank: np.ndarray  # (n_layer, n_head)
     outliers: np.ndarray  # (n_layer, n_head) number beyond the edge of noise through the latent
     outliers_common: np.ndarray  # (n_layer, n_head) number beyond the edge of noise without one
+    at_least: np.ndarray  # (n_layer, n_head) whether outliers has reached the most that can be told
+    at_least_common: np.ndarray  # the same of outliers_common
 
 
 @dataclass
@@ -113,8 +117,8 @@ def noise_edge(p, ratios):
 
 def count_outliers(singular_values, ratios):
     """How many of singular_values (p,) are beyond the edge of noise. The scale of the noise is
-    that of the others. The count goes outwards from the middle, so it is at most half of p: if
-    large values took part in the scale, they would hide behind each other."""
+    that of the others. The count goes outwards from the middle, so it is at most most_outliers(p):
+    if large values took part in the scale, they would hide behind each other."""
     eigenvalues = np.sort(np.asarray(singular_values, dtype=float))[::-1] ** 2
     p = len(eigenvalues)
     for place in range(p // 2, -1, -1):
@@ -126,12 +130,18 @@ def count_outliers(singular_values, ratios):
     return 0
 
 
+def most_outliers(p):
+    """What count_outliers can count of p singular values."""
+    return p // 2 + 1
+
+
 def layer_outliers(values, dimensions):
     """count_outliers for each head of a layer, values (n_head, r), whose noise is a product with
-    these dimensions."""
+    these dimensions, and whether each is most_outliers: (2, n_head)"""
     p, *others = sorted(dimensions)  # noise has p singular values, and then zeros
     ratios = tuple(p / other for other in others)
-    return [count_outliers(head[:p].cpu(), ratios) for head in values]
+    counts = np.array([count_outliers(head[:p].cpu(), ratios) for head in values])
+    return np.stack([counts, counts == most_outliers(p)])
 
 
 def spectra(A, B, n, m, latents):
@@ -140,10 +150,11 @@ def spectra(A, B, n, m, latents):
     the latents that noise is read through, None for no latent."""
     values = product_singular_values(A, B)
     common = [A.size(-1), n, m]
-    outliers = [layer_outliers(layer, [*common, latent] if latent else common)
-                for layer, latent in zip(values, latents)]
-    return Spectra(values.cpu().numpy(), effective_rank(values).cpu().numpy(), np.array(outliers),
-                   np.array([layer_outliers(layer, common) for layer in values]))
+    own = np.stack([layer_outliers(layer, [*common, latent] if latent else common)
+                    for layer, latent in zip(values, latents)], axis=1)  # (2, n_layer, n_head)
+    shared = np.stack([layer_outliers(layer, common) for layer in values], axis=1)
+    return Spectra(values.cpu().numpy(), effective_rank(values).cpu().numpy(), own[0], shared[0],
+                   own[1].astype(bool), shared[1].astype(bool))
 
 
 def of_weights(model):
@@ -158,8 +169,8 @@ def of_weights(model):
 
 def joined(layers):
     """One Spectra of a list of them, one for each layer."""
-    return Spectra(*(np.concatenate([getattr(one, field) for one in layers]) for field in
-                     ('singular_values', 'effective_rank', 'outliers', 'outliers_common')))
+    return Spectra(*(np.concatenate([getattr(one, field.name) for one in layers])
+                     for field in fields(Spectra)))
 
 
 def of_activations(model, windows):
@@ -199,18 +210,24 @@ def analyse(subject, config):
     return Spectrum(weights, of_activations(subject.model, windows), n_tokens)
 
 
+def outliers_text(found, layers=slice(None), kind=''):
+    """The mean count of outliers of one layer or of all, which may be a bound."""
+    is_bound = getattr(found, f'at_least{kind}')[layers].any()
+    mean = getattr(found, f'outliers{kind}')[layers].mean()
+    return ('at least ' if is_bound else '') + f'{mean:.1f}'
+
+
 def table(result):
     columns = {f'{PRODUCTS[name]}, weights': found for name, found in result.weights.items()}
     for name, found in result.activations.items():
         columns[f'{WRITTEN[name]}, {result.n_tokens:,} tokens'] = found
-    lines = [f'{"layer":>5}' + ''.join(f'{name:>26}' for name in columns)]
-    for layer in range(len(result.weights['QK'].effective_rank)):
-        line = f'{layer:>5}'
-        for found in columns.values():
-            rank, outliers, common = (values[layer].mean() for values in (
-                found.effective_rank, found.outliers, found.outliers_common))
-            line += f'{f"{rank:.1f} ({outliers:.1f}, {common:.1f})":>26}'
-        lines.append(line)
+    cells = {name: [f'{found.effective_rank[layer].mean():.1f} ({outliers_text(found, layer)}, '
+                    f'{outliers_text(found, layer, "_common")})'
+                    for layer in range(len(found.outliers))] for name, found in columns.items()}
+    widths = [max(map(len, [name, *column])) + 3 for name, column in cells.items()]
+    rows = [cells, *zip(*cells.values())]
+    lines = [f'{name:>5}' + ''.join(f'{cell:>{width}}' for cell, width in zip(row, widths))
+             for name, row in zip(['layer', *range(len(rows))], rows)]
     lines.append('effective rank (outliers against noise of its own kind, against common noise), '
                  'mean over heads')
     if result.no_text:
@@ -233,8 +250,8 @@ def plot(results):
             found = getattr(result, where)[product]
             if where == 'weights':
                 what, outliers = PRODUCTS[product], (
-                    f', outliers {found.outliers.mean():.1f} '
-                    f'(against common noise {found.outliers_common.mean():.1f})')
+                    f', outliers {outliers_text(found)} '
+                    f'(against common noise {outliers_text(found, kind="_common")})')
             else:
                 what, outliers = WRITTEN[product], ''
             rank = f'mean effective rank {found.effective_rank.mean():.1f}'

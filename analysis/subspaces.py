@@ -11,8 +11,8 @@ is the mean squared cosine. It is 1 if one space lies in the other. For random s
 a >= b among n it is a / n.
 
 The latent space of a layer is what all its keys and values read together: n_latent dimensions for
-MLA, in general the whole residual stream for MHA. So the keys and values of an MLA layer share
-fewer dimensions, and chance within the latent is higher.
+MLA, in general the n_embd - 1 that LayerNorm leaves for MHA. So the keys and values of an MLA layer
+share fewer dimensions, and chance within the latent is higher.
 """
 
 from dataclasses import dataclass

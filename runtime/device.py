@@ -3,6 +3,7 @@ What 'auto' means for device and dtype on this machine. A clear message where th
 what is asked for.
 """
 
+import sys
 from contextlib import nullcontext
 
 from configurator import UserError
@@ -36,6 +37,16 @@ def pick_device(name, local_rank=None):
     elif device.type not in ('cpu', 'cuda', 'mps'):
         raise UserError(f'device={name!r} is not supported: {known}')
     return device, device.type
+
+
+def pick_float64_device(name):
+    """pick_device's torch.device for a program that computes in float64: the CPU, and a line that
+    says so, in place of a Mac's GPU, which has none."""
+    device, device_type = pick_device(name)
+    if device_type != 'mps':
+        return device
+    print('note: device=mps has no float64: this runs on the CPU', file=sys.stderr)
+    return torch.device('cpu')
 
 
 def pick_dtype(name, device_type):

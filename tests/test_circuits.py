@@ -1,6 +1,7 @@
 """Weight space: the same function gives the same numbers, and the formulas hold."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -300,6 +301,30 @@ def test_a_model_that_has_learned_nothing_has_no_outliers_and_a_spike_is_found(m
     weights = spectrum.of_weights(model)
     assert weights['OV'].outliers.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]
     assert weights['QK'].outliers.sum() == 0
+
+
+@pytest.mark.parametrize('spikes', [8, 9])
+def test_a_count_at_its_ceiling_is_a_bound(spikes):
+    """Of 16 singular values at most 9 can be told from noise, and it is said."""
+    noise = rand(63, 16, seed=1)
+    U, V = (torch.linalg.qr(rand(n, spikes, seed=seed)).Q for n, seed in ((63, 4), (16, 5)))
+    values = torch.linalg.svdvals(noise + 1e3 * U @ V.T)
+    counts, is_bound = spectrum.layer_outliers(values[None], [16, 63])
+    assert counts[0] == spikes and bool(is_bound[0]) == (spikes == 9)
+    assert spectrum.most_outliers(16) == 9
+
+
+def test_the_table_says_at_least_and_its_headings_stand_apart():
+    model = tiny_model(GPT, n_head=2, n_embd=32)
+    model.transformer.h[1].attn.c_proj.weight.data[:, :9] *= 1e3
+    result = spectrum.Spectrum(spectrum.of_weights(model), {}, 0)
+    found = result.weights['OV']
+    assert found.at_least.tolist() == [[False] * 2, [True, False]]
+    assert found.at_least_common.tolist() == found.at_least.tolist()
+    head, first, second = spectrum.table(result).splitlines()[:3]
+    assert re.split(r' {3,}', head) == ['layer', 'W_Q W_K^T, weights', 'W_V W_O, weights']
+    assert 'at least' not in first and second.count('at least 4.5') == 2
+    assert len({len(line) for line in (head, first, second)}) == 1
 
 
 # latent directions

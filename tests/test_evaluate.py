@@ -285,8 +285,8 @@ def test_answers_known_by_construction(tmp_path):
             {'ctx_a': 'a', 'ctx_b': '', 'endings': ['a', 'c'], 'label': 1}]
     path = tmp_path / 'q.jsonl'
     write_questions(path, *rows, '')
-    questions = evaluate.read_questions(path, 0, model, tokenizer)
-    assert [q.label for q in questions] == [1, 0, 1, 1]
+    questions, harness = evaluate.read_questions(path, 0, model, tokenizer)
+    assert harness == [] and [q.label for q in questions] == [1, 0, 1, 1]
     assert [tokenizer.decode(q.context) for q in questions] == ['ab', 'ab', 'ab cd', 'a']
     assert [tokenizer.decode(end) for end in questions[0].endings] == [' cde', ' abc', ' bcd']
     scores = question_scores(model, questions, torch.float32, 8)
@@ -307,10 +307,77 @@ def test_byte_pairs_and_bytes_of_endings(tmp_path):
     model, tokenizer = tiny_model(GPT, vocab_size=50304), make_tokenizer('gpt2')
     write_questions(tmp_path / 'q.jsonl',
                     {'ctx': 'A man sits', 'endings': ['on a café.', '東京 🙂'], 'label': 0})
-    question, = evaluate.read_questions(tmp_path / 'q.jsonl', 0, model, tokenizer)
-    assert question.n_bytes.tolist() == [11, 11]
+    (question,), _ = evaluate.read_questions(tmp_path / 'q.jsonl', 0, model, tokenizer)
+    assert question.lengths.tolist() == [11, 11]
     assert question.context == gpt2_encoding().encode('A man sits')
     assert question.endings[0] == gpt2_encoding().encode(' on a café.')
+
+
+HARNESS = [  # a row, and what lm-evaluation-harness makes of it: the query and the choices
+    ({'activity_label': 'Baking', 'ctx_a': 'A man sits.', 'ctx_b': 'he BAKES', 'label': '1',
+      'endings': ['[substeps] a  cake. ', 'no [x] cake [title] end', 'bread']},
+     'Baking: A man sits. He bakes', [' a cake.', 'no cake. end', 'bread']),
+    ({'activity_label': 'Home', 'ctx_a': '[header] How to sit [title] Sit', 'ctx_b': '',
+      'ctx': 'x', 'label': 0, 'endings': ['sit', 'sits and sits']},
+     'Home: How to sit. Sit', ['sit', 'sits and sits'])]
+
+
+def test_the_harness_scores(tmp_path):
+    rows = [row | {'ctx': 'how'} for row, _, _ in HARNESS]
+    chars = sorted({c for row in rows for text in (*row['endings'], *map(str, row.values()))
+                    for c in text} | set(':hH') | {c for _, query, _ in HARNESS for c in query})
+    model, tokenizer = tiny_model(GPT, vocab_size=len(chars), block_size=64), make_tokenizer(chars)
+    model.lm_head.weight.data *= 30
+    write_questions(tmp_path / 'q.jsonl', *rows)
+    questions, harness = evaluate.read_questions(tmp_path / 'q.jsonl', 0, model, tokenizer)
+    scores = question_scores(model, harness, torch.float32, 8, '_harness')
+    right, right_norm = [], []
+    for question, (row, query, choices) in zip(harness, HARNESS):
+        whole = [tokenizer.decode(question.context + end) for end in question.endings]
+        assert whole == [f'{query} {choice}' for choice in choices]
+        assert question.lengths.tolist() == [len(choice) for choice in choices]
+        sums = []
+        for text, choice in zip(whole, choices):
+            n = len(text) - len(query.rstrip())
+            sums.append(sum(by_hand(model, tokenizer.encode(text))[-n:]))
+        right.append(int(np.argmax(sums)) == int(row['label']))
+        by_length = np.array(sums) / [len(choice) for choice in choices]
+        right_norm.append(int(np.argmax(by_length)) == int(row['label']))
+    assert (scores['acc_harness'], scores['acc_norm_harness']) == (np.mean(right),
+                                                                   np.mean(right_norm))
+    assert tokenizer.decode(questions[0].context) == 'how' and 'acc' not in scores
+
+
+def test_byte_pairs_are_encoded_with_their_context_as_the_harness_does(tmp_path):
+    model, tokenizer = tiny_model(GPT, vocab_size=50304, block_size=64), make_tokenizer('gpt2')
+    write_questions(tmp_path / 'q.jsonl', *(row for row, _, _ in HARNESS[:1]))
+    _, (question,) = evaluate.read_questions(tmp_path / 'q.jsonl', 0, model, tokenizer)
+    _, query, choices = HARNESS[0]
+    encode = gpt2_encoding().encode
+    assert question.context == encode(query)
+    assert question.endings == [encode(f'{query} {choice}')[len(encode(query)):]
+                                for choice in choices]
+
+
+@pytest.mark.parametrize('change_of_row, words', [
+    ({'activity_label': None}, 'line 2 has no text activity_label, ctx_a and ctx_b'),
+    ({'ctx_b': ...}, 'line 2 has no text activity_label'),
+    ({'endings': ['a', '[b]']}, 'line 2 has an ending of brackets alone'),
+    ({'activity_label': 'Q'}, "line 2: the text has 'Q'")])
+def test_the_harness_scores_are_left_out_where_they_cannot_be_had(change_of_row, words, tmp_path,
+                                                                   capsys):
+    row = {'activity_label': 'a', 'ctx_a': 'b', 'ctx_b': 'c', 'ctx': 'd', 'label': 0,
+           'endings': ['a', 'b']}
+    tokenizer = make_tokenizer(list(' :[]abcdABCD'))
+    model = tiny_model(GPT, vocab_size=12)
+    bad = {key: value for key, value in (row | change_of_row).items() if value is not ...}
+    write_questions(tmp_path / 'q.jsonl', row, bad)
+    questions, harness = evaluate.read_questions(tmp_path / 'q.jsonl', 0, model, tokenizer)
+    assert len(questions) == 2 and harness == []
+    err = capsys.readouterr().err
+    assert err.startswith('note: no scores as lm-evaluation-harness has them') and words in err
+    _, harness = evaluate.read_questions(tmp_path / 'q.jsonl', 1, model, tokenizer)
+    assert len(harness) == 1
 
 
 def change(**keys):
@@ -401,12 +468,12 @@ def test_the_data_that_the_checkpoint_names(data_dir, tmp_path, program):
 
 
 def test_a_loss_that_is_no_number(call, tmp_path):
-    for weight in (math.nan, 1e6):
+    for weight, words in ((math.nan, 'weights that are not finite'), (1e6, 'the loss is ')):
         model = tiny_model(GPT)
         model.lm_head.weight.data[:, 0] = weight
         model.lm_head.weight.data[3] *= -1
         code, out, err = call(model=model)
-        assert code == 2 and out == '' and 'the loss is ' in err and err.count('\n') == 1
+        assert code == 2 and out == '' and words in err and err.count('\n') == 1
     model.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(evaluate.UserError, match='of an ending is no number'):
         question_scores(model, [Question([1], [[2], [3]], np.ones(2), 0)], torch.float32, 8)
@@ -416,7 +483,7 @@ def test_the_table_and_the_object(call, tmp_path):
     args = [write_questions(tmp_path / 'q.jsonl', RIGHT, change(label='2')), '--split=train',
             '--dtype=bfloat16']
     code, table, err = call(*args)
-    assert code == 0 and err == ''
+    assert code == 0 and err.startswith('note: no scores as lm-evaluation-harness has them')
     result = json.loads(call(*args, '--json')[1])
     settings = result['settings']
     assert settings['split'] == 'train' and settings['dtype'] == 'bfloat16'
