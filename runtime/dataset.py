@@ -17,6 +17,7 @@ from runtime.tokenizer import Tokenizer
 DATA = Path(__file__).resolve().parents[1] / 'data'
 CHECK_WHOLE = 100_000_000  # bytes; of a larger bin a sample is checked, and then each batch
 SPLITS = ('train', 'val')
+NO_ID = 2 ** 31 - 1  # what an id past its vocabulary is translated to: no model takes it
 
 
 def write_splits(folder, train_ids, val_ids, tokenizer):
@@ -71,13 +72,13 @@ def check_ids(largest, vocab_size, path):
 class Translated:
     """Tokens in the ids of another vocabulary."""
     tokens: np.ndarray
-    ids: np.ndarray  # for each id of the tokens that of the other vocabulary
+    ids: np.ndarray  # for each id of the tokens that of the other vocabulary, and NO_ID
 
     def __len__(self):
         return len(self.tokens)
 
     def __getitem__(self, places):
-        return self.ids[self.tokens[places]]
+        return self.ids[np.minimum(self.tokens[places], len(self.ids) - 1)]
 
     @property
     def nbytes(self):
@@ -104,7 +105,9 @@ def translate(data, tokenizer, key='dataset'):
         more = f' and {len(missing) - 20:,} others' if len(missing) > 20 else ''
         raise UserError(f"{what} has {', '.join(missing[:20])}{more}, which the model's vocabulary "
                         f'of {tokenizer.name} lacks: take them out of the text')
-    ids = np.array([ids[entry] for entry in ours.spec])
+    for split in SPLITS:
+        check_ids(sampled(getattr(data, split)).max(), ours.n_vocab, data.folder / f'{split}.bin')
+    ids = np.array([*(ids[entry] for entry in ours.spec), NO_ID])
     return replace(data, train=Translated(data.train, ids), val=Translated(data.val, ids),
                    tokenizer=tokenizer)
 
