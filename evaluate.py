@@ -261,27 +261,25 @@ def read_questions(path, max_questions, model, tokenizer):
     """The first max_questions of a JSON lines file, all for 0, as Questions that stand as they are,
     and as lm-evaluation-harness puts them. The latter are none where one lacks what that needs,
     and a line says so. Empty lines do not count. Raises UserError."""
-    questions, harness, problem = [], [], ''
+    rows, questions = [], []
     try:
         with open(path, encoding='utf-8') as f:
             for number, line in enumerate(f, start=1):
                 if line.strip():
                     where = f'{path}, line {number}'
-                    row = read_row(line, where)
-                    questions.append(as_it_stands(row, where, model, tokenizer))
-                    try:
-                        harness.append(as_the_harness(row, where, model, tokenizer))
-                    except UserError as e:
-                        problem = problem or str(e)
+                    rows.append((read_row(line, where), where))
+                    questions.append(as_it_stands(*rows[-1], model, tokenizer))
                 if len(questions) == max_questions > 0:
                     break
     except (OSError, UnicodeError) as e:
         raise UserError(f'hellaswag={path} cannot be read: {e}') from None
     if not questions:
         raise UserError(f'hellaswag={path} is empty: give a file with a question in each line')
-    if problem:
-        print(f'note: no scores as lm-evaluation-harness has them: {problem}', file=sys.stderr)
-    return questions, [] if problem else harness
+    try:
+        return questions, [as_the_harness(*row, model, tokenizer) for row in rows]
+    except UserError as e:
+        print(f'note: no scores as lm-evaluation-harness has them: {e}', file=sys.stderr)
+        return questions, []
 
 
 def ending_losses(model, questions, dtype, batch_size):

@@ -21,7 +21,7 @@ from runtime.checkpoint import (
     run_checkpoints,
     verify_checksums,
 )
-from runtime.dataset import data_folder, open_data, same_data, translate
+from runtime.dataset import data_folder, open_data, translate
 from runtime.record import read_record
 from runtime.tokenizer import (
     Tokenizer,
@@ -57,10 +57,7 @@ class Trained:
         if not name:
             raise UserError(f'{self.source} does not name the data of its training: give '
                             f'--{key}=NAME')
-        data = open_data(name)
-        if same_data(data, self.dataset) and not self.tokenizer.knows_text:
-            return data  # whose meaning may have been recorded since
-        return translate(data, self.tokenizer, key)
+        return translate(open_data(name), self.tokenizer, key)
 
 
 def load_model(source, device='cpu', model_type=None, dtype=torch.float32):
@@ -120,29 +117,42 @@ def checkpoint_settings(checkpoint):
     return settings if isinstance(settings, dict) else {}
 
 
-def checkpoint_tokenizer(checkpoint, path, dataset=None):
+def checkpoint_tokenizer(checkpoint, path, resumed_on=''):
     """The Tokenizer of the text that a checkpoint was trained on, and a line where it is unknown,
-    else ''. One of nanoGPT's does not say. Then the record of dataset (default: the one that its
-    config names) does, if it fits the model's vocab_size. Without a record, GPT-2's byte pairs
-    have nanoGPT's own datasets of these sizes."""
+    else ''.
+
+    One of nanoGPT's does not say. Then the record of the dataset that its config names does, if it
+    fits the model's vocab_size. Where that has none here, the record of resumed_on, the dataset
+    that the run goes on with, does, and nanoGPT's own datasets of these sizes have GPT-2's byte
+    pairs. A checkpoint that says that its ids are unknown was trained on bins without a record,
+    which may have one by now.
+    """
     vocab_size = checkpoint['model_args']['vocab_size']
-    unknown = make_tokenizer({'unknown': vocab_size})
-    if 'tokenizer' in checkpoint:
-        tokenizer = make_tokenizer(checkpoint['tokenizer'])
-        if tokenizer.spec == 'gpt2' and vocab_size < tokenizer.n_vocab:
-            return unknown, (f"checkpoint {path} says that its ids are GPT-2's, but has only "
-                             f'{vocab_size:,} of them: what they mean is unknown')
-        return tokenizer, ''
-    dataset = str(dataset or checkpoint_settings(checkpoint).get('dataset', ''))
-    tokenizer = read_record(data_folder(dataset))[0] if dataset else unknown
-    if tokenizer.knows_text and fits(tokenizer, vocab_size):
-        return tokenizer, ''
-    if not tokenizer.knows_text and dataset in GPT2_DATASETS and vocab_size in GPT2_SIZES:
+    dataset = str(checkpoint_settings(checkpoint).get('dataset', ''))
+    says = make_tokenizer(checkpoint['tokenizer']) if 'tokenizer' in checkpoint else None
+    if says and says.spec == 'gpt2' and vocab_size < says.n_vocab:
+        return make_tokenizer({'unknown': vocab_size}), (
+            f"checkpoint {path} says that its ids are GPT-2's, but has only {vocab_size:,} of "
+            'them: what they mean is unknown')
+    if says and says.knows_text:
+        return says, ''
+    recorded = recorded_tokenizer(dataset) or (None if says else recorded_tokenizer(resumed_on))
+    if recorded and fits(recorded, vocab_size):
+        return recorded, ''
+    if not recorded and not says and dataset in GPT2_DATASETS and vocab_size in GPT2_SIZES:
         return make_tokenizer('gpt2'), ''
-    found = (f'the {tokenizer.name} of dataset {dataset!r} are not as many' if tokenizer.knows_text
-             else f'dataset {dataset!r} has no record of them here')
-    return unknown, (f'checkpoint {path} does not say what its {vocab_size:,} ids mean, and '
-                     f'{found}: they are unknown')
+    found = f'dataset {dataset!r} has no record of them here'
+    if recorded:
+        found = f'the {recorded.name} of its dataset are not as many'
+    return says or make_tokenizer({'unknown': vocab_size}), (
+        f'checkpoint {path} does not say what its {vocab_size:,} ids mean, and {found}: they are '
+        'unknown')
+
+
+def recorded_tokenizer(dataset):
+    """The Tokenizer that a dataset's record names, None where there is none."""
+    tokenizer = read_record(data_folder(dataset))[0] if dataset else None
+    return tokenizer if tokenizer and tokenizer.knows_text else None
 
 
 def fits(tokenizer, vocab_size):

@@ -5,6 +5,7 @@ stopped, and the data in the ids of that model.
 
 import math
 import os
+import shlex
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import get_type_hints
@@ -14,7 +15,7 @@ from configurator import UserError, build, checked
 import torch
 
 from runtime.checkpoint import build_model, read_checkpoint, run_checkpoints, verify_checksums
-from runtime.dataset import Data, open_data, record_remedy, same_data, translate
+from runtime.dataset import Data, open_data, record_remedy, translate
 from runtime.loading import (
     checkpoint_settings,
     checkpoint_tokenizer,
@@ -64,7 +65,7 @@ def tell_taken(path, before, config):
     taken = {key: f'{value:g}' if isinstance(value, float) else value
              for key, value in asdict(config).items() if value != getattr(before, key)}
     if taken and os.environ.get('RANK', '0') == '0':
-        listed = ' '.join(f'--{key}={value}' for key, value in taken.items())
+        listed = ' '.join(shlex.quote(f'--{key}={value}') for key, value in taken.items())
         print(f'note: {path} decides what the command line does not: {listed}', flush=True)
 
 
@@ -132,26 +133,21 @@ def begin(model_class, config, model_args, device):
         found = newest_sound(config.out_dir, model_class.model_type, device)
         model = build_model(found.checkpoint, found.path, **kept)
         check_resumable(found, model, model_class, config)
-        start = in_its_ids(model, data, found.checkpoint, found.path, config)
+        start = in_its_ids(model, data, found.checkpoint, found.path, config.dataset)
         start.found = found
     elif path := own_checkpoint(config, model_class.model_type):
         checkpoint = read_checkpoint(path, device)
         verify_checksums(path)
         model = build_model(checkpoint, path, **kept)
         check_class(path, model, model_class)
-        start = in_its_ids(model, data, checkpoint, path, config)
+        start = in_its_ids(model, data, checkpoint, path)
     else:
-        tokenizer, note = hugging_face_tokenizer(config.init_from)
-        if tokenizer.knows_text:
-            data = translate(data, tokenizer)  # before a download of gigabytes
-        model = from_pretrained(model_class, config.init_from, **kept)
-        start = Start(model, suited(data, tokenizer, model, says=not note),
-                      notes=[note] if note else [])
-    if config.init_from != 'resume' and model_args.get('block_size', math.inf) < (
-            model.config.block_size):
-        model.crop_block_size(model_args['block_size'])
+        start = from_hugging_face(model_class, config, kept, data)
+    model_config = start.model.config
+    if not start.found and model_args.get('block_size', math.inf) < model_config.block_size:
+        start.model.crop_block_size(model_args['block_size'])
     for key, value in model_args.items():
-        has = getattr(model.config, key)
+        has = getattr(model_config, key)
         if value is not None and value != has:
             raise UserError(f'{key}={value} was asked for, but init_from={config.init_from} brings '
                             f'a model with {key}={has}: leave {key} out, or start from scratch')
@@ -166,24 +162,28 @@ def from_scratch(model_class, model_args, data):
     vocab_size = 50304 if padded else tokenizer.n_vocab
     settings = {'bias': False, 'vocab_size': vocab_size} | model_args
     if not tokenizer.knows_text:
+        remedy = ''
+        if tokenizer.spec == {'unknown': None}:
+            remedy = f'. {record_remedy(data, make_tokenizer("gpt2"))}'
         notes.append(f'{data.folder} does not say what its ids mean (the largest is '
-                     f'{data.largest_id()}): samples are numbers, and bits per byte are unknown. '
-                     + record_remedy(data, make_tokenizer('gpt2')))
+                     f'{data.largest_id()}): samples are numbers, and bits per byte are unknown'
+                     + remedy)
     return Start(model_class(build(model_class.config_class, settings)), data, notes=notes)
 
 
-def in_its_ids(model, data, checkpoint, path, config):
+def in_its_ids(model, data, checkpoint, path, resumed_on=''):
     """The Start with a checkpoint's model and the data in its ids. Raises UserError."""
-    settings = checkpoint_settings(checkpoint)
-    tokenizer, note = checkpoint_tokenizer(checkpoint, path, config.dataset)
-    own = 'tokenizer' in checkpoint and not same_data(data, str(settings.get('dataset', '')))
-    return Start(model, suited(data, tokenizer, model, says=own), notes=[note] if note else [])
+    tokenizer, note = checkpoint_tokenizer(checkpoint, path, resumed_on)
+    return Start(model, translate(data, tokenizer), notes=[note] if note else [])
 
 
-def suited(data, tokenizer, model, says):
-    """data in the ids of a model's tokenizer. Where that is unknown, and the model does not say so
-    itself, the data's tokenizer counts if its size fits. Raises UserError."""
-    vocab_size = model.config.vocab_size
-    if not tokenizer.knows_text and not says and fits(data.tokenizer, vocab_size):
-        return data
-    return translate(data, tokenizer)
+def from_hugging_face(model_class, config, kept, data):
+    """The Start with the weights of a Hugging Face GPT-2. Where that has no tokenizer, that of the
+    data counts if its size fits. Raises UserError."""
+    tokenizer, note = hugging_face_tokenizer(config.init_from)
+    if tokenizer.knows_text:
+        data = translate(data, tokenizer)  # before a download of gigabytes
+    model = from_pretrained(model_class, config.init_from, **kept)
+    if not fits(data.tokenizer, model.config.vocab_size):
+        data = translate(data, tokenizer)
+    return Start(model, data, notes=[note] if note else [])

@@ -97,7 +97,7 @@ def test_a_checkpoint_of_nanogpts_loads(tmp_path, capsys):
     with open(tmp_path / 'meta.pkl', 'wb') as f:  # other data's: its ids mean other characters
         pickle.dump({'itos': dict(enumerate(chars[1:]))}, f)
     assert load_model(tmp_path).tokenizer.spec == {'unknown': 14}
-    assert '13 characters of dataset' in capsys.readouterr().err
+    assert 'the 13 characters of its dataset are not as many' in capsys.readouterr().err
 
 
 @BOTH

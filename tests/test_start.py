@@ -185,6 +185,50 @@ def test_a_nanogpt_checkpoint_does_not_say_on_which_machine_it_is(tiny_args, pro
     assert not any(f'--{key}' in said for key in ('device', 'backend', 'dtype', 'compile'))
 
 
+def nanogpts(folder, dataset):
+    """Make the checkpoint in folder one of nanoGPT's, trained on dataset."""
+    checkpoint = torch.load(folder / 'ckpt.pt', weights_only=True)
+    del checkpoint['model_type'], checkpoint['tokenizer']
+    checkpoint['config'] = {'dataset': str(dataset)}
+    torch.save(checkpoint, folder / 'ckpt.pt')
+
+
+def test_what_the_ids_of_a_nanogpt_checkpoint_mean(tiny_args, tmp_path, data_dir, program, run_a):
+    """The record of its own dataset says it; that of a text to start anew with does not, though it
+    may have as many characters."""
+    out_a, other = run_a(), tmp_path / 'as_many'
+    other.mkdir()
+    write_splits(other, [1, 2] * 100, [2, 1] * 50, make_tokenizer([*CHARS[:-1], 'z']))
+    nanogpts(out_a, 'gone')
+    args = [*without(tiny_args, 'dataset'), f'--init_from={out_a}']
+    code, _, err = program(train.main, *args, f'--dataset={other}')
+    assert code == 2 and "the model's are ids of unknown meaning below 14" in err
+    args[-1:] = ['--init_from=resume', f'--out_dir={out_a}', '--max_iters=8']
+    code, said, err = program(train.main, *args, f'--dataset={data_dir}')  # it may have moved
+    assert code == 0 and read_checkpoint(out_a / 'ckpt.pt')['tokenizer'] == CHARS, err
+    nanogpts(out_a, data_dir)
+    code, _, err = program(train.main, *args, f'--dataset={other}')
+    assert code == 2 and "has 'z', which the model's vocabulary of 14 characters lacks" in err
+
+
+def test_ids_that_are_recorded_later(tiny_args, tmp_path, data_dir, program):
+    """A model of unknown ids has text as soon as its bins have a record."""
+    meta = (data_dir / 'meta.pkl').read_bytes()
+    (data_dir / 'meta.pkl').unlink()
+    assert program(train.main, *tiny_args, '--vocab_size=14')[0] == 0
+    args = [tmp_path / 'out', '--device=cpu', '--num_samples=1', '--max_new_tokens=9', '--json']
+    code, out, err = program(sample.main, *args)
+    sampled = json.loads(out)
+    assert [int(word) for word in sampled['text'].split()] == sampled['tokens']
+    assert 'ids mean, and dataset' in err and 'they are unknown' in err
+    (data_dir / 'meta.pkl').write_bytes(meta)
+    code, out, err = program(sample.main, *args)
+    sampled = json.loads(out)
+    assert sampled['text'] == ''.join(CHARS[i] for i in sampled['tokens']) and 'unknown' not in err
+    assert program(train.main, *tiny_args, '--init_from=resume', '--max_iters=9')[0] == 0
+    assert read_checkpoint(tmp_path / 'out' / 'ckpt.pt')['tokenizer'] == CHARS
+
+
 def test_a_resume_on_another_text_counts_the_best_anew(tiny_args, other_dir, program, run_a):
     out_a = run_a(GPT, '--max_iters=12', '--eval_interval=12')
     checkpoint = torch.load(out_a / 'ckpt.pt', weights_only=True)
