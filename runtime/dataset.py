@@ -143,8 +143,11 @@ def open_data(name):
                         f'--out_dir={DATA.name}/{folder.stem} --tokenizer=chars makes '
                         f'--dataset={folder.stem} of a text')
     if not is_folder:
-        known = ', '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
-        raise UserError(f'dataset={name}: there is no folder {DATA / name}; known are {known}')
+        known = {path.parent.name for file in ('prepare.py', 'train.bin')
+                 for path in DATA.glob(f'*/{file}')}
+        raise UserError(f'dataset={name}: there is no folder {DATA / name}; known are '
+                        f"{', '.join(sorted(known))}; python data/prepare.py makes another of your "
+                        'text')
     prepare = folder / 'prepare.py'
     again = f'python {prepare if prepare.exists() else "data/prepare.py"}'
     tokenizer, dtype = read_record(folder)

@@ -125,14 +125,14 @@ class Start:
 
 def begin(model_class, config, model_args, device):
     """The Start that init_from names. Raises UserError."""
-    data = open_data(config.dataset)
     if config.init_from == 'scratch':
-        return from_scratch(model_class, model_args, data)
+        return from_scratch(model_class, model_args, open_data(config.dataset))
     kept = {key: value for key, value in model_args.items() if key in MAY_CHANGE}
     if config.init_from == 'resume':
         found = newest_sound(config.out_dir, model_class.model_type, device)
         model = build_model(found.checkpoint, found.path, **kept)
         check_resumable(found, model, model_class, config)
+        data = open_data(config.dataset)
         start = in_its_ids(model, data, found.checkpoint, found.path, config.dataset)
         start.found = found
     elif path := own_checkpoint(config, model_class.model_type):
@@ -140,9 +140,9 @@ def begin(model_class, config, model_args, device):
         verify_checksums(path)
         model = build_model(checkpoint, path, **kept)
         check_class(path, model, model_class)
-        start = in_its_ids(model, data, checkpoint, path)
+        start = in_its_ids(model, open_data(config.dataset), checkpoint, path)
     else:
-        start = from_hugging_face(model_class, config, kept, data)
+        start = from_hugging_face(model_class, config, kept)
     model_config = start.model.config
     if not start.found and model_args.get('block_size', math.inf) < model_config.block_size:
         start.model.crop_block_size(model_args['block_size'])
@@ -177,10 +177,10 @@ def in_its_ids(model, data, checkpoint, path, resumed_on=''):
     return Start(model, translate(data, tokenizer), notes=[note] if note else [])
 
 
-def from_hugging_face(model_class, config, kept, data):
+def from_hugging_face(model_class, config, kept):
     """The Start with the weights of a Hugging Face GPT-2. Where that has no tokenizer, that of the
     data counts if its size fits. Raises UserError."""
-    tokenizer, note = hugging_face_tokenizer(config.init_from)
+    data, (tokenizer, note) = open_data(config.dataset), hugging_face_tokenizer(config.init_from)
     if tokenizer.knows_text:
         data = translate(data, tokenizer)  # before a download of gigabytes
     model = from_pretrained(model_class, config.init_from, **kept)
