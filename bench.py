@@ -39,7 +39,7 @@ from generate import DecodeStats, generate, new_cache
 from model_k_ahead import HEADS, GPT_KAhead, KAheadConfig
 from models import MODELS, describe
 from runtime.cpu_linear import use_cpu_linear
-from runtime.device import autocast, pick_device, pick_dtype
+from runtime.device import autocast, pick_compile, pick_device, pick_dtype
 from runtime.loading import load_model
 from runtime.progress import progress_bar
 from runtime.tokenizer import package_folder
@@ -339,7 +339,9 @@ def train(argv):
     """
     config, given = configure(argv, StepConfig, keys_of(MODELS.values()))
     contenders = step_contenders(given)
-    device_type = pick_device(config.device)[1]
+    device, device_type = pick_device(config.device)
+    if note := pick_compile(config.compile, device)[1]:
+        raise UserError(f'compile=True: {note.split(": it goes")[0]}: leave it out')
     rows = []
     for name, model_class, model_config in (progress := progress_bar(contenders)):
         progress.set_description(name)

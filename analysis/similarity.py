@@ -94,7 +94,8 @@ def activations(model, windows):
 
 def read_windows(subject, other, config):
     """Windows of the text, tensors (B, T), that both models read. Raises UserError."""
-    if subject.tokenizer != other.tokenizer:
+    are_known = subject.tokenizer.knows_text or subject.dataset == other.dataset
+    if subject.tokenizer != other.tokenizer or not are_known:
         raise UserError(f'similarity needs two models that read the same tokens, and '
                         f'{subject.source} and {other.source} do not: give two that were trained '
                         'on the same data')

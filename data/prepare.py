@@ -58,8 +58,9 @@ class PrepareConfig:
     text_key: str = 'text'  # key or column that holds the text
     out_dir: str = ''  # folder for train.bin and val.bin; it must be given, except for OpenWebText,
                        # which goes to data/openwebtext
-    tokenizer: str = ''  # chars, gpt2, bpe (byte pairs learned from the text), or the path of a
-                         # tokenizer.json of byte-level BPE; for bins that are there also unknown
+    tokenizer: str = ''  # chars, gpt2, bpe (byte pairs learned from the text), the path of a
+                         # tokenizer.json of byte-level BPE, or a folder of bins, whose vocabulary
+                         # is taken; for bins that are there also unknown
     vocab_size: int = 0  # ids of bpe, 257 or more, or of unknown
     val_share: float = 0.0  # share of the text for val.bin; 0: 0.1, and from 1 GB of text on
                             # nanoGPT's 0.0005

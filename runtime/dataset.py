@@ -112,6 +112,15 @@ def translate(data, tokenizer, key='dataset'):
                    tokenizer=tokenizer)
 
 
+def note_on_unknown_ids(data, tokenizer, own_dataset):
+    """A line where neither other data than a model's own nor the model says what its ids mean, else
+    ''."""
+    if data.tokenizer.knows_text or tokenizer.knows_text or same_data(data, own_dataset):
+        return ''
+    return (f'neither {data.folder} nor the model says what its ids mean: they are taken to mean '
+            'the same')
+
+
 def record_remedy(data, tokenizer):
     """How to record that the ids of data are those of tokenizer, in words."""
     name = 'gpt2' if tokenizer.spec == 'gpt2' else 'FOLDER'

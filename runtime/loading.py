@@ -21,7 +21,7 @@ from runtime.checkpoint import (
     run_checkpoints,
     verify_checksums,
 )
-from runtime.dataset import data_folder, open_data, translate
+from runtime.dataset import data_folder, note_on_unknown_ids, open_data, translate
 from runtime.record import read_record
 from runtime.tokenizer import (
     Tokenizer,
@@ -57,7 +57,10 @@ class Trained:
         if not name:
             raise UserError(f'{self.source} does not name the data of its training: give '
                             f'--{key}=NAME')
-        return translate(open_data(name), self.tokenizer, key)
+        data = translate(open_data(name), self.tokenizer, key)
+        if note := note_on_unknown_ids(data, self.tokenizer, self.dataset):
+            print(f'note: {note}', file=sys.stderr)
+        return data
 
 
 def load_model(source, device='cpu', model_type=None, dtype=torch.float32):

@@ -15,7 +15,13 @@ from configurator import UserError, build, checked
 import torch
 
 from runtime.checkpoint import build_model, read_checkpoint, run_checkpoints, verify_checksums
-from runtime.dataset import Data, open_data, record_remedy, translate
+from runtime.dataset import (
+    Data,
+    note_on_unknown_ids,
+    open_data,
+    record_remedy,
+    translate,
+)
 from runtime.loading import (
     checkpoint_settings,
     checkpoint_tokenizer,
@@ -174,7 +180,9 @@ def from_scratch(model_class, model_args, data):
 def in_its_ids(model, data, checkpoint, path, resumed_on=''):
     """The Start with a checkpoint's model and the data in its ids. Raises UserError."""
     tokenizer, note = checkpoint_tokenizer(checkpoint, path, resumed_on)
-    return Start(model, translate(data, tokenizer), notes=[note] if note else [])
+    own_dataset = str(checkpoint_settings(checkpoint).get('dataset', ''))
+    notes = [note, note_on_unknown_ids(data, tokenizer, own_dataset)]
+    return Start(model, translate(data, tokenizer), notes=[*filter(None, notes)])
 
 
 def from_hugging_face(model_class, config, kept):

@@ -229,6 +229,22 @@ def test_ids_that_are_recorded_later(tiny_args, tmp_path, data_dir, program):
     assert read_checkpoint(tmp_path / 'out' / 'ckpt.pt')['tokenizer'] == CHARS
 
 
+def test_two_that_do_not_say_what_their_ids_mean(tiny_args, tmp_path, data_dir, program):
+    (data_dir / 'meta.pkl').unlink()
+    assert program(train.main, *tiny_args, '--vocab_size=14')[0] == 0
+    other = tmp_path / 'other'
+    other.mkdir()
+    for split in ('train', 'val'):
+        (other / f'{split}.bin').write_bytes((data_dir / f'{split}.bin').read_bytes())
+    for dataset, is_noted in ((data_dir, False), (other, True)):
+        line = f'neither {other} nor the model says what its ids mean'
+        args = [tmp_path / 'out', f'--dataset={dataset}', '--max_tokens=40', '--device=cpu']
+        assert (line in program(evaluate.main, *args)[2]) == is_noted
+        args = [*tiny_args[1:], f'--dataset={dataset}', f'--out_dir={tmp_path / "new"}']
+        said = program(train.main, *without(args, 'n_'), f'--init_from={tmp_path / "out"}')[1]
+        assert (line in said) == is_noted and 'step' in said
+
+
 def test_a_resume_on_another_text_counts_the_best_anew(tiny_args, other_dir, program, run_a):
     out_a = run_a(GPT, '--max_iters=12', '--eval_interval=12')
     checkpoint = torch.load(out_a / 'ckpt.pt', weights_only=True)
