@@ -251,7 +251,7 @@ def plot(results):
             if where == 'weights':
                 what, outliers = PRODUCTS[product], (
                     f', outliers {outliers_text(found)} '
-                    f'(against common noise {outliers_text(found, kind="_common")})')
+                    f'(common noise: {outliers_text(found, kind="_common")})')
             else:
                 what, outliers = WRITTEN[product], ''
             rank = f'mean effective rank {found.effective_rank.mean():.1f}'
