@@ -172,7 +172,8 @@ def open_text(config, trained):
 
 def settings_to_train_on(settings, dataset):
     """The training settings of a converted model. settings are those of the model's training."""
-    own = {key: settings.get(key, value) for key, value in TRAIN_ON.items()}
+    own = {key: settings[key] if isinstance(settings.get(key), (int, float)) else value
+           for key, value in TRAIN_ON.items()}
     rate = float(f"{own['learning_rate'] / 3:.1g}")
     own |= SCHEDULE | {'learning_rate': rate, 'min_lr': float(f'{rate / 10:.1g}')}
     return own | {'dataset': dataset}

@@ -147,6 +147,16 @@ def test_program_reports_saves_and_training_goes_on(tiny_args, data_dir, tmp_pat
     assert abs(first - after) < 0.3 < math.log(14) - first  # it goes on from what was learned
 
 
+def test_settings_to_train_on():
+    """A third of the learning rate in one digit; what is no number is not taken."""
+    own = {'learning_rate': 1e-3, 'batch_size': 7, 'beta1': 'x', 'weight_decay': None, 'seed': 3}
+    found = convert_mla.settings_to_train_on(own, 'book')
+    assert (found['learning_rate'], found['min_lr'], found['batch_size']) == (3e-4, 3e-5, 7)
+    assert (found['beta1'], found['weight_decay'], found['dataset']) == (0.9, 0.1, 'book')
+    assert found['max_iters'] == found['lr_decay_iters'] == 1000 and 'seed' not in found
+    assert convert_mla.settings_to_train_on({}, '')['learning_rate'] == 1e-4
+
+
 def test_smaller_latents_and_no_text(tmp_path, program):
     save(tmp_path / 'ckpt.pt', trained_like())  # of openwebtext, which is not here
     args = [tmp_path / 'ckpt.pt', f'--out_dir={tmp_path / "mla"}', '--device=cpu']
