@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from importlib import import_module
 
 from configurator import UserError
 
@@ -273,15 +274,25 @@ class TensorBoard:
             self.writer.close()
 
 
+def check_other_logs(config):
+    """Raise UserError for a log that is asked for and not installed, before anything is written."""
+    for key, module in (('wandb_log', 'wandb'), ('tensorboard_log', 'torch.utils.tensorboard')):
+        if not getattr(config, key):
+            continue
+        try:
+            import_module(module)
+        except ImportError:
+            package = key.removesuffix('_log')
+            raise UserError(f'{key}=True needs {package}: pip install {package}, or use '
+                            f'--{key}=False') from None
+
+
 def start_other_logs(config, state, folder):
     """The logs that are asked for beside the terminal and metrics.jsonl, without one that cannot
-    begin, of which a warning tells. Raises UserError for one that is not installed."""
+    begin, of which a warning tells."""
     logs = []
     if config.wandb_log:
-        try:
-            import wandb
-        except ImportError:
-            raise not_installed('wandb', 'wandb_log') from None
+        import wandb
         try:
             # an evaluation alone is a run of its own
             run_id = state.wandb_id if folder.writes else ''
@@ -289,16 +300,9 @@ def start_other_logs(config, state, folder):
         except Exception as e:  # it is another program's, and can raise anything
             print(f'warning: training goes on without wandb ({reason(e)})', file=sys.stderr)
     if config.tensorboard_log and folder.writes:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise not_installed('tensorboard', 'tensorboard_log') from None
+        from torch.utils.tensorboard import SummaryWriter
         logs.append(TensorBoard(SummaryWriter, folder.tensorboard, state.iter_num))
     return logs
-
-
-def not_installed(package, key):
-    return UserError(f'{key}=True needs {package}: pip install {package}, or use --{key}=False')
 
 
 def close_quietly(log):

@@ -33,6 +33,7 @@ from runtime.loading import (
 )
 from runtime.parallel import recompute_blocks
 from runtime.resume import Found, RunState, check_class, check_resumable, newest_sound, restore
+from runtime.run_log import check_other_logs
 from runtime.schedule import contradictions
 from runtime.tokenizer import make_tokenizer
 
@@ -96,6 +97,8 @@ def own_checkpoint(config, model_type):
 def start_run(model_class, config, model_args, dtype, processes):
     """The RunState to begin with. model_args are the model settings that were asked for. Raises
     UserError for what cannot be trained."""
+    if processes.is_first:
+        check_other_logs(config)
     device = 'cpu' if processes.sharded else processes.device
     start = begin(model_class, config, model_args, device)
     model, found, data = start.model, start.found, start.data

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import sys
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import train
 from model import GPT
 from model_mla import GPT_MLA
 from runtime import run_log
@@ -220,10 +222,11 @@ def test_a_tensorboard_that_fails_never_stops_training(tmp_path, capsys):
 
 @pytest.mark.parametrize('module, key', [('wandb', 'wandb_log'),
                                          ('torch.utils.tensorboard', 'tensorboard_log')])
-def test_a_log_that_is_not_installed(module, key, tmp_path, monkeypatch):
+def test_a_log_that_is_not_installed(module, key, tiny_args, tmp_path, program, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f'^{key}=True needs .*: pip install .*--{key}=False$'):
-        make_log(tmp_path, **{key: True})
+    code, _, err = program(train.main, *tiny_args, f'--{key}=True')
+    assert code == 2 and err.count('\n') == 1 and not (tmp_path / 'out').exists()
+    assert re.match(f'error: {key}=True needs .*: pip install .*--{key}=False$', err)
 
 
 def test_pending_losses_are_read_together(monkeypatch):
