@@ -12,7 +12,7 @@ from configurator import UserError
 import numpy as np
 
 from runtime.record import id_dtype, looks_like_uint32, read_record, write_file, write_record
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import CharTokenizer, Tokenizer
 
 DATA = Path(__file__).resolve().parents[1] / 'data'
 CHECK_WHOLE = 100_000_000  # bytes; of a larger bin a sample is checked, and then each batch
@@ -96,9 +96,9 @@ def translate(data, tokenizer, key='dataset'):
                         'data that it was trained on')
     if not ours.knows_text:
         raise UserError(f'{what} does not say what its ids mean. {record_remedy(data, tokenizer)}')
-    if not (isinstance(ours.spec, list) and isinstance(tokenizer.spec, list)):
-        raise UserError(f'{what} has another vocabulary than the model, {ours.name}: prepare it '
-                        f"with the model's, {tokenizer.name}")
+    if not (isinstance(ours, CharTokenizer) and isinstance(tokenizer, CharTokenizer)):
+        raise UserError(f'{what} has another vocabulary, {ours.name}, than the model, '
+                        f'{tokenizer.name}: prepare its text with {as_option(tokenizer)}')
     ids = {entry: i for i, entry in enumerate(tokenizer.spec)}
     missing = [repr(entry) for entry in ours.spec if entry not in ids]
     if missing:
@@ -123,10 +123,15 @@ def note_on_unknown_ids(data, tokenizer, own_dataset):
 
 def record_remedy(data, tokenizer):
     """How to record that the ids of data are those of tokenizer, in words."""
-    name = 'gpt2' if tokenizer.spec == 'gpt2' else 'FOLDER'
-    where = '' if name == 'gpt2' else ', where FOLDER has bins of that vocabulary'
     return (f'If they are {tokenizer.name}, record that: python data/prepare.py '
-            f'--out_dir={data.folder} --tokenizer={name}{where}')
+            f'--out_dir={data.folder} {as_option(tokenizer)}')
+
+
+def as_option(tokenizer):
+    """How data/prepare.py is given a tokenizer, in words."""
+    if tokenizer.spec == 'gpt2':
+        return '--tokenizer=gpt2'
+    return '--tokenizer=FOLDER, where FOLDER has bins of that vocabulary'
 
 
 def data_folder(name):

@@ -94,7 +94,8 @@ def test_a_context_is_cropped_and_other_sizes_are_refused(tiny_args, tmp_path, p
 
 @pytest.mark.parametrize('spec, words', [
     (['x', 'y', *CHARS[:3]], "has 'x', 'y', which the model's vocabulary of 14 characters lacks"),
-    ('gpt2', "has another vocabulary than the model, GPT-2's byte pairs: prepare it with the mod"),
+    (['ab', *CHARS], 'has another vocabulary, 15 words, than the model, 14 characters: prepare'),
+    ('gpt2', "has another vocabulary, GPT-2's byte pairs, than the model, 14 characters: prepare"),
     ({'unknown': 5}, 'does not say what its ids mean. If they are 14 characters, record that')])
 def test_data_that_the_models_vocabulary_does_not_cover(spec, words, tiny_args, tmp_path, program,
                                                         run_a):
