@@ -46,7 +46,7 @@ ON_CPU = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dro
               eval_iters=40, beta1=0.8, weight_decay=0.0, grad_clip=0.0)
 ON_GPU = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
               eval_iters=40)
-PROMPT, SAMPLE_CHARS = '\n', 300
+SAMPLE_TOKENS = 300
 
 
 def measure(result, data, config):
@@ -57,9 +57,9 @@ def measure(result, data, config):
     n_params = sum(p.numel() for attention in attentions for p in attention.parameters())
     use_cpu_linear(model)  # it decodes now
     torch.manual_seed(config.seed)
-    prompt = torch.tensor([tokenizer.encode(PROMPT)], device=device)
+    prompt = torch.tensor([tokenizer.start()], device=device)
     with autocast(device.type, dtype):
-        ids = generate(model, prompt, SAMPLE_CHARS, tokenizer.n_vocab, temperature=0.8, top_k=200)
+        ids = generate(model, prompt, SAMPLE_TOKENS, tokenizer.n_vocab, temperature=0.8, top_k=200)
     return {
         'params': model.get_num_params(non_embedding=False),
         'attention_params': n_params,
@@ -68,7 +68,7 @@ def measure(result, data, config):
         'ms_per_iter': result.ms_per_iter,
         'tokens_per_second': result.tokens_per_second,
         'cache_bytes_per_token': cached_numbers(model) * dtype.itemsize,
-        'sample': tokenizer.decode(ids[0].tolist())[len(PROMPT):][:SAMPLE_CHARS],
+        'sample': tokenizer.decode(ids[0, prompt.size(1):].tolist()),
     }
 
 
@@ -90,7 +90,7 @@ def samples_text(results):
     texts = []
     for name, entry in PAIR.items():
         sample = textwrap.indent(results[KEYS[name]]['sample'].strip(), '    ')
-        texts.append(f'{entry.label}, {SAMPLE_CHARS} characters at temperature 0.8\n{sample}\n')
+        texts.append(f'{entry.label}, {SAMPLE_TOKENS} tokens at temperature 0.8\n{sample}\n')
     return '\n'.join(texts)
 
 
@@ -154,7 +154,6 @@ def main():
     config, model_args = read_settings(sys.argv[1:])
     out_dir = Path(config.out_dir)
     data = open_data(config.dataset)
-    data.tokenizer.encode(PROMPT)  # if this fails, then now rather than after the training
 
     results, histories = {}, {}
     for name, entry in PAIR.items():

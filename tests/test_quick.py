@@ -10,8 +10,9 @@ from conftest import tiny_model
 import test_shakespeare_quick as quick
 from model import GPT
 from runtime import dataset
-from runtime.dataset import open_data
+from runtime.dataset import open_data, write_splits
 from runtime.loading import load_model
+from runtime.tokenizer import make_tokenizer
 
 SIZE = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16',
         '--batch_size=4', '--eval_iters=4', '--max_iters=6']
@@ -116,3 +117,15 @@ def test_what_makes_no_comparison_is_refused(arg, data_dir, tmp_path, program):
     out_dir = tmp_path / 'quick'
     code, _, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={out_dir}', *SIZE, arg)
     assert code == 2 and 'the comparison' in err and not out_dir.exists()
+
+
+def test_a_text_without_line_breaks_is_compared_too(tiny_args, tmp_path, program):
+    """The sample then starts with the first token of the vocabulary."""
+    folder = tmp_path / 'dna'
+    folder.mkdir()
+    write_splits(folder, [0, 1, 2, 3] * 100, [3, 2, 1, 0] * 50, make_tokenizer(list('ACGT')))
+    args = [arg for arg in tiny_args if not arg.startswith('--dataset')]
+    code, _, err = program(quick.main, *args, f'--dataset={folder}', '--max_iters=2')
+    assert code == 0, err
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert set(results['mha']['sample']) <= set('ACGT') and len(results['mla']['sample']) == 300
