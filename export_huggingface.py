@@ -1,29 +1,35 @@
 """
-Write a trained GPT as a directory that transformers loads, with GPT-2's tokenizer where the model
-speaks its byte pairs. It needs a checkpoint of train.py, or the directory that holds it:
+Write a trained model as a directory that transformers loads, with its tokenizer where that is
+characters or byte pairs. It needs a checkpoint, or the directory that holds it:
 
     python export_huggingface.py out/ckpt.pt out/huggingface
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained('out/huggingface')
     tokenizer = AutoTokenizer.from_pretrained('out/huggingface')
+
+All are written as a GPT-2. An MLA model becomes one whose keys and values are its latent's,
+multiplied out: it computes the same, without the small cache. Of a k-ahead model the trunk and the
+head of the next token are written.
 """
 
+import math
 import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from configurator import UserError, configure, run
 
 import torch
 
-from model import GPT
+from model import GPT, GPTConfig
 from models import describe
 from runtime.loading import load_model
-from runtime.tokenizer import BPETokenizer, gpt2_vocabulary
+from runtime.tokenizer import BPETokenizer, CharTokenizer, gpt2_vocabulary
 
 # GPT-2's Conv1D keeps these weights the other way round than Linear
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
@@ -33,8 +39,28 @@ MASKS = ('.attn.bias', '.attn.masked_bias')
 
 @dataclass
 class ExportConfig:
-    model: str = ''  # the checkpoint of a GPT, or its out_dir
+    model: str = ''  # a checkpoint, or its out_dir
     out_dir: str = ''  # a new folder for what transformers loads
+
+
+@torch.no_grad()
+def as_gpt(model):
+    """The GPT that computes what the trunk of model does, up to rounding. The weights of each
+    attention are those of its head_weights(), and its biases are what heads() makes of 0."""
+    config = GPTConfig(**{f.name: getattr(model.config, f.name) for f in fields(GPTConfig)})
+    state = {name: p for name, p in model.state_dict().items()
+             if '.attn.' not in name and not name.startswith('ahead.')}
+    for i, block in enumerate(model.transformer.h):
+        attn, name = deepcopy(block.attn).double(), f'transformer.h.{i}.attn'
+        W = torch.cat(attn.head_weights()[:3])  # (3 n_head, n_embd, head_dim)
+        state[f'{name}.c_attn.weight'] = W.mT.flatten(0, 1).float()  # (3 n_embd, n_embd)
+        state[f'{name}.c_proj.weight'] = block.attn.c_proj.weight
+        if config.bias:
+            zero = W.new_zeros(1, 1, config.n_embd)
+            b = torch.cat([part.flatten() for part in attn.heads(zero)])
+            state[f'{name}.c_attn.bias'] = b.float()
+            state[f'{name}.c_proj.bias'] = block.attn.c_proj.bias
+    return GPT.from_state_dict(config, state).eval()
 
 
 def to_hugging_face(model, end=None):
@@ -129,6 +155,18 @@ def save_tokenizer(folder, block_size):
     tokenizer.save_pretrained(folder)
 
 
+def save_characters(tokenizer, folder, block_size):
+    """A tokenizer.json whose tokens are the characters of a CharTokenizer. It has no token for
+    others, and raises an error for a text with one."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.spec)}))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+    words.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=block_size,
+                            clean_up_tokenization_spaces=False).save_pretrained(folder)
+
+
 def save_byte_pairs(tokenizer, folder, block_size):
     """The tokenizer.json of a BPETokenizer, as transformers loads it."""
     from transformers import PreTrainedTokenizerFast
@@ -139,15 +177,13 @@ def save_byte_pairs(tokenizer, folder, block_size):
 
 
 def export(source, folder):
-    """Write the GPT that load_model finds at source to a new folder, and return it, a Trained.
-    Raises UserError for what is no GPT and for a folder that is there already."""
+    """Write the model that load_model finds at source to a new folder, and return it, a Trained.
+    Raises UserError for a folder that is there already."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f'{folder} is there already and not empty: give a new folder')
     trained = load_model(source)
-    if type(trained.model) is not GPT:
-        raise UserError(f'{source} holds a {type(trained.model).__name__}, for which transformers '
-                        'has no class: only a GPT can be exported')
+    model, block_size = trained.model, trained.model.config.block_size
     from safetensors import SafetensorError
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -156,11 +192,14 @@ def export(source, folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.'))
         partial.chmod(0o755)
-        to_hugging_face(trained.model, trained.tokenizer.end_of_text).save_pretrained(partial)
+        gpt = model if type(model) is GPT else as_gpt(model)
+        to_hugging_face(gpt, trained.tokenizer.end_of_text).save_pretrained(partial)
         if trained.tokenizer.spec == 'gpt2':
-            save_tokenizer(partial, trained.model.config.block_size)
+            save_tokenizer(partial, block_size)
         elif isinstance(trained.tokenizer, BPETokenizer):
-            save_byte_pairs(trained.tokenizer, partial, trained.model.config.block_size)
+            save_byte_pairs(trained.tokenizer, partial, block_size)
+        elif isinstance(trained.tokenizer, CharTokenizer):
+            save_characters(trained.tokenizer, partial, block_size)
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
@@ -189,12 +228,19 @@ def read_arguments(argv):
 def main():
     config = read_arguments(sys.argv[1:])
     trained = export(config.model, config.out_dir)
-    print(describe(trained.model))
+    model = trained.model
+    print(describe(model))
+    n_cached = sum(map(math.prod, model.cache_shapes(1, 1)[0]))
+    if n_cached < 2 * model.config.n_embd:
+        print(f'written as a GPT-2: it computes the same, but its cache has '
+              f'{2 * model.config.n_embd} numbers per token and layer in place of {n_cached}')
+    if model.n_predictions > 1:
+        print(f'written as a GPT-2: the {model.n_predictions - 1} heads further ahead are left out')
     files = sorted(path.name for path in Path(config.out_dir).iterdir())
     print(f'saved {config.out_dir}: {", ".join(files)}')
     if not (Path(config.out_dir) / 'tokenizer.json').exists():
-        print(f"no tokenizer files: the model's ids are {trained.tokenizer.name}, not GPT-2's byte "
-              'pairs')
+        print(f"no tokenizer files: the model's ids are {trained.tokenizer.name}, neither "
+              'characters nor byte pairs')
 
 
 if __name__ == '__main__':

@@ -235,10 +235,11 @@ def file_tokenizer(path):
         raise UserError(f'tokenizer={path} cannot be read ({type(e).__name__}): give the path of a '
                         'tokenizer.json') from None
     try:
-        tokenizer = make_tokenizer({'bpe': read_byte_pairs(text).to_str()})
+        tokenizer = read_characters(text) or make_tokenizer({'bpe': read_byte_pairs(text).to_str()})
     except UserError as e:
         raise UserError(f'tokenizer={path}: {e}') from None
-    return make_tokenizer('gpt2') if is_gpt2s(tokenizer.bytes_of) else tokenizer
+    is_gpt2 = isinstance(tokenizer, BPETokenizer) and is_gpt2s(tokenizer.bytes_of)
+    return make_tokenizer('gpt2') if is_gpt2 else tokenizer
 
 
 def is_gpt2_vocabulary(path):
@@ -256,6 +257,20 @@ def is_gpt2s(bytes_of):
     """Whether a list of the bytes of all tokens is that of GPT-2's byte pairs."""
     return len(bytes_of) == 50257 and all(
         token == gpt2_encoding().decode_single_token_bytes(i) for i, token in enumerate(bytes_of))
+
+
+def read_characters(text):
+    """The CharTokenizer of a tokenizer.json that export_huggingface.py wrote, None for another."""
+    try:
+        content = json.loads(text)
+        ids, split = content['model']['vocab'], content['pre_tokenizer']['pattern']['Regex']
+        chars = sorted(ids, key=ids.get)
+        is_ours = content['model']['type'] == 'WordLevel' and split == r'[\s\S]'
+        are_chars = [ids[char] for char in chars] == [*range(len(chars))] and is_spec(chars)
+        tokenizer = make_tokenizer(chars) if is_ours and are_chars else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return tokenizer if isinstance(tokenizer, CharTokenizer) else None
 
 
 def read_byte_pairs(text):
