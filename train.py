@@ -270,8 +270,9 @@ def main(model_class=GPT, **defaults):
                          **{'bias': False} | defaults | taken)
     config, model_args = read()
     path, taken = taken_from_checkpoint(config, model_class.model_type)
-    before, (config, model_args) = config, read(**taken)
-    tell_taken(path, before, config)
+    if taken:
+        before, (config, model_args) = config, read(**taken)
+        tell_taken(path, taken, before, config)
     launch(model_class, config, model_args)
 
 

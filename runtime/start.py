@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import get_type_hints
 
 from configurator import UserError, build, checked
@@ -67,12 +67,12 @@ def taken_from_checkpoint(config, model_type):
     return path, taken
 
 
-def tell_taken(path, before, config):
-    """Print which settings a run takes from the checkpoint at path."""
-    taken = {key: f'{value:g}' if isinstance(value, float) else value
-             for key, value in asdict(config).items() if value != getattr(before, key)}
-    if taken and os.environ.get('RANK', '0') == '0':
-        listed = ' '.join(shlex.quote(f'--{key}={value}') for key, value in taken.items())
+def tell_taken(path, taken, before, config):
+    """Print which settings of a checkpoint, taken, have made config of what it was before."""
+    told = {key: f'{value:g}' if isinstance(value, float) else value
+            for key, value in taken.items() if getattr(config, key) == value != getattr(before, key)}
+    if told and os.environ.get('RANK', '0') == '0':
+        listed = ' '.join(shlex.quote(f'--{key}={value}') for key, value in told.items())
         print(f'note: {path} decides what the command line does not: {listed}', flush=True)
 
 
