@@ -69,8 +69,9 @@ def taken_from_checkpoint(config, model_type):
 
 def tell_taken(path, taken, before, config):
     """Print which settings of a checkpoint, taken, have made config of what it was before."""
+    now = {key: value for key, value in taken.items() if getattr(config, key) == value}
     told = {key: f'{value:g}' if isinstance(value, float) else value
-            for key, value in taken.items() if getattr(config, key) == value != getattr(before, key)}
+            for key, value in now.items() if value != getattr(before, key)}
     if told and os.environ.get('RANK', '0') == '0':
         listed = ' '.join(shlex.quote(f'--{key}={value}') for key, value in told.items())
         print(f'note: {path} decides what the command line does not: {listed}', flush=True)
