@@ -279,10 +279,10 @@ def read_byte_pairs(text):
     from tokenizers import Tokenizer
     try:
         content = json.loads(text)
-        steps = content['pre_tokenizer']
+        steps = content['pre_tokenizer'] or {}  # None in those of SentencePiece
         steps = steps.get('pretokenizers', [steps])
         is_byte_level = (content['model']['type'] == 'BPE'
-                         and any(step['type'] == 'ByteLevel' for step in steps))
+                         and any(step.get('type') == 'ByteLevel' for step in steps))
         tokenizer = Tokenizer.from_str(text)
     except Exception as e:  # tokenizers raises Exception itself
         raise UserError(f'it is no tokenizer.json ({type(e).__name__}: {str(e)[:100]}): give one '

@@ -114,11 +114,13 @@ def test_the_characters_of_byte_level_bpe_are_gpt2s():
 @pytest.mark.parametrize('content, words', [
     ('{', 'it is no tokenizer.json'), ('[]', 'it is no tokenizer.json'),
     ('{"model": {"type": "Unigram"}, "pre_tokenizer": null}', 'it is no tokenizer.json'),
+    ('sentencepiece', 'its tokens are not byte-level BPE'),
     ('metaspace', 'its tokens are not byte-level BPE')])
 def test_a_tokenizer_json_that_cannot_be_used(content, words, tmp_path):
-    if content == 'metaspace':
-        other = Tokenizer(models.BPE())
-        other.pre_tokenizer, other.normalizer = pre_tokenizers.Metaspace(), normalizers.NFC()
+    if content in ('metaspace', 'sentencepiece'):
+        other = Tokenizer(models.BPE(byte_fallback=True))
+        if content == 'metaspace':
+            other.pre_tokenizer, other.normalizer = pre_tokenizers.Metaspace(), normalizers.NFC()
         content = other.to_str()
     (tmp_path / 'tokenizer.json').write_text(content)
     with pytest.raises(UserError, match=words):
