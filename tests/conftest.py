@@ -6,6 +6,8 @@ from pathlib import Path
 
 # tensors are small here, and on a busy machine threads wait for each other
 os.environ['OMP_NUM_THREADS'] = '1'
+# no test asks the network, and without one it is tried for half a minute
+os.environ['HF_HUB_OFFLINE'] = '1'
 # tests fork, and a fork cannot go on with the threads that torch starts for a GPU
 os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
