@@ -133,10 +133,10 @@ def checkpoint_tokenizer(checkpoint, path, resumed_on=''):
     vocab_size = checkpoint['model_args']['vocab_size']
     dataset = str(checkpoint_settings(checkpoint).get('dataset', ''))
     says = make_tokenizer(checkpoint['tokenizer']) if 'tokenizer' in checkpoint else None
-    if says and says.spec == 'gpt2' and vocab_size < says.n_vocab:
-        return make_tokenizer({'unknown': vocab_size}), (
-            f"checkpoint {path} says that its ids are GPT-2's, but has only {vocab_size:,} of "
-            'them: what they mean is unknown')
+    claim = f'does not say what its {vocab_size:,} ids mean'
+    if says and says.spec == 'gpt2' and vocab_size < says.n_vocab:  # older trainers guessed so
+        claim = f"says that its ids are GPT-2's, but has only {vocab_size:,} of them"
+        says = make_tokenizer({'unknown': vocab_size})
     if says and says.knows_text:
         return says, ''
     recorded = recorded_tokenizer(dataset) or (None if says else recorded_tokenizer(resumed_on))
@@ -148,8 +148,7 @@ def checkpoint_tokenizer(checkpoint, path, resumed_on=''):
     if recorded:
         found = f'the {recorded.name} of its dataset are not as many'
     return says or make_tokenizer({'unknown': vocab_size}), (
-        f'checkpoint {path} does not say what its {vocab_size:,} ids mean, and {found}: they are '
-        'unknown')
+        f'checkpoint {path} {claim}, and {found}: what they mean is unknown')
 
 
 def recorded_tokenizer(dataset):

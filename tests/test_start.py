@@ -221,13 +221,27 @@ def test_ids_that_are_recorded_later(tiny_args, tmp_path, data_dir, program):
     code, out, err = program(sample.main, *args)
     sampled = json.loads(out)
     assert [int(word) for word in sampled['text'].split()] == sampled['tokens']
-    assert 'ids mean, and dataset' in err and 'they are unknown' in err
+    assert 'ids mean, and dataset' in err and 'what they mean is unknown' in err
     (data_dir / 'meta.pkl').write_bytes(meta)
     code, out, err = program(sample.main, *args)
     sampled = json.loads(out)
     assert sampled['text'] == ''.join(CHARS[i] for i in sampled['tokens']) and 'unknown' not in err
     assert program(train.main, *tiny_args, '--init_from=resume', '--max_iters=9')[0] == 0
     assert read_checkpoint(tmp_path / 'out' / 'ckpt.pt')['tokenizer'] == CHARS
+
+
+def test_ids_that_an_older_trainer_took_for_gpt2s(tiny_args, tmp_path, data_dir, program, run_a):
+    """It wrote 'gpt2' for bins without a record, whatever they were."""
+    out_a = run_a()
+    checkpoint = torch.load(out_a / 'ckpt.pt', weights_only=True)
+    torch.save(checkpoint | {'tokenizer': 'gpt2'}, out_a / 'ckpt.pt')
+    args = [out_a, '--device=cpu', '--num_samples=1', '--max_new_tokens=9', '--json']
+    code, out, err = program(sample.main, *args)
+    assert code == 0 and 'note' not in err and set(json.loads(out)['text']) <= set(CHARS)
+    (data_dir / 'meta.pkl').unlink()
+    code, out, err = program(sample.main, *args)
+    assert "says that its ids are GPT-2's, but has only 14 of them" in err
+    assert [int(word) for word in json.loads(out)['text'].split()] == json.loads(out)['tokens']
 
 
 def test_two_that_do_not_say_what_their_ids_mean(tiny_args, tmp_path, data_dir, program):
