@@ -34,12 +34,12 @@ from configurator import UserError, build, check_least, configure, run
 import numpy as np
 import torch
 
-from export_huggingface import to_hugging_face
 from generate import DecodeStats, generate, new_cache
 from model_k_ahead import HEADS, GPT_KAhead, KAheadConfig
 from models import MODELS, describe
 from runtime.cpu_linear import use_cpu_linear
 from runtime.device import autocast, pick_compile, pick_device, pick_dtype
+from runtime.hugging_face import to_hugging_face
 from runtime.loading import load_model
 from runtime.progress import progress_bar
 from runtime.tokenizer import package_folder

@@ -272,6 +272,8 @@ def checked(value, hint, where):
         raise UserError(f'{where}={value!r} must be {describe_type(hint)}')
     if type(value) is str and '\0' in value:
         raise UserError(f'{where}={value!r} must be text without null characters')
+    if type(value) is tuple:
+        return tuple(checked(item, int, where) for item in value)
     too_large = type(value) is int and abs(value) >= 2 ** 63
     if too_large or type(value) is float and not math.isfinite(value):
         raise UserError(f'{where}={value!r} must be finite and below 2**63')
@@ -281,7 +283,7 @@ def checked(value, hint, where):
 def describe_type(hint):
     """A type hint in words, such as 'a whole number or None'."""
     names = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text',
-             type(None): 'None'}
+             tuple: 'whole numbers with commas', type(None): 'None'}
     if typing.get_origin(hint) is typing.Literal:
         *most, last = [str(option) for option in typing.get_args(hint)]
     else:

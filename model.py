@@ -8,9 +8,12 @@ An attention is a module made from the model's config. The rest of the project k
 
     forward(x, cache=None)   causal attention over x (B, T, n_embd), and over what a cache holds:
                              cache.append(*rows) -> (*all rows so far, mask)
-    heads(x)                 q, k, v per head, each (B, n_head, T, head_dim)
+    heads(x, start=0)        q, k, v per head, (B, n_head, T, width), as the scores see them: x's
+                             first token is at the position start
     head_weights()           maps of row vectors: W_Q, W_K, W_V (n_head, n_embd, head_dim) and
-                             W_O (n_head, head_dim, n_embd)
+                             W_O (n_head, head_dim, n_embd). W_Q and W_K are without positions
+    rotary_weights()         optional: maps Q, K (n_head, n_embd, width) of the part of the scores
+                             whose pairs of numbers turn, before they do; None where none turns
     cache_shapes(B, length)  what must be remembered: a list of shapes (B, ..., length, width)
     init_weights()           optional: draws what starts otherwise than GPT-2's weights do
     c_proj                   the linear map that sums up the heads, which lie side by side
@@ -18,16 +21,24 @@ An attention is a module made from the model's config. The rest of the project k
 References
     GPT-2        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
     attention    Vaswani et al. 2017, "Attention Is All You Need", eq. 1
+    rotary       Su et al. 2021, "RoFormer", eq. 34
+    GQA          Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models"
+    gated MLP    Shazeer 2020, "GLU Variants Improve Transformer", eq. 6, SwiGLU
     FLOP count   Chowdhery et al. 2022, "PaLM", appendix B
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+
+def require(fine, message):
+    if not fine:
+        raise ValueError(message)
 
 
 @dataclass
@@ -40,18 +51,41 @@ class GPTConfig:
     dropout: float = 0.0  # 0 for pretraining, 0.1 or more for finetuning
     bias: bool = True  # biases in Linear and LayerNorm, like GPT-2; False: a bit better and faster
     gelu: Literal['none', 'tanh'] = 'none'  # approximation of GELU; GPT-2's weights want 'tanh'
+    n_kv_head: int | None = None  # heads of keys and values; None: n_head (MHA); fewer are shared
+                                  # by groups of queries (GQA); 1: by all (MQA)
+    rotary: Literal['none', 'all'] = 'none'  # 'all': queries and keys are turned by their positions
+                                             # (RoPE), and learned positions (wpe) are not there
+    rotary_base: float = 10000.0  # of the angles; 1000 suits contexts of some hundred tokens
+    mlp: Literal[True, False, 'gated'] = True  # False: attention only; 'gated': SwiGLU, as in Llama
 
     def __post_init__(self):
         for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, key) < 1:
-                raise ValueError(f'{key}={getattr(self, key)} must be at least 1')
-        if self.n_layer > 10_000:
-            raise ValueError(f'n_layer={self.n_layer} must be at most 10000')
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: make '
-                             f'n_embd a multiple of {self.n_head} or choose another n_head')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout} must be at least 0 and below 1')
+            require(getattr(self, key) >= 1, f'{key}={getattr(self, key)} must be at least 1')
+        require(self.n_layer <= 10_000, f'n_layer={self.n_layer} must be at most 10000')
+        require(self.n_embd % self.n_head == 0,
+                f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: make n_embd a '
+                f'multiple of {self.n_head} or choose another n_head')
+        require(0 <= self.dropout < 1, f'dropout={self.dropout} must be at least 0 and below 1')
+        n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
+        require(n_kv_head >= 1 and self.n_head % n_kv_head == 0,
+                f'n_kv_head={n_kv_head} must divide n_head={self.n_head}, or be None for as many')
+        require(self.rotary != 'all' or self.head_dim % 2 == 0,
+                f"rotary='all' turns pairs of numbers, and n_embd={self.n_embd} with n_head="
+                f'{self.n_head} gives heads of {self.head_dim}: make that even')
+        require(self.rotary_base > 1, f'rotary_base={self.rotary_base} must be above 1')
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    def of_layer(self, layer):
+        """The config that a layer is made from. A tuple has a value for each layer."""
+        own = {key: value[layer] for key, value in vars(self).items() if isinstance(value, tuple)}
+        return replace(self, **own) if own else self
+
+    def attention_flops(self):
+        """FLOPs of a layer's scores and sums per token, forward and backward (PaLM, appendix B)."""
+        return 12 * self.n_embd * self.block_size
 
 
 class LayerNorm(nn.Module):
@@ -71,18 +105,41 @@ def split_heads(x, n_head):
     return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
 
 
+def rotate(x, start, base, n=None):
+    """Rotary positions (RoFormer, eq. 34) of x (B, H, T, width), whose first token is at start, a
+    number or a tensor (B, 1): the last n numbers of each token turn, by default all. Numbers i and
+    i + n / 2 of them are a pair, which turns by position / base^(2 i / n) radians."""
+    n = x.size(-1) if n is None else n
+    if n == 0:
+        return x
+    position = start + torch.arange(x.size(2), device=x.device)  # (T,) or (B, T)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    exponent = torch.arange(0, n, 2, device=x.device, dtype=dtype) / n
+    angle = position.view(-1, 1, x.size(2), 1) / base ** exponent  # (B or 1, 1, T, n / 2)
+    cos, sin = angle.cos(), angle.sin()
+    rest, a, b = x.split((x.size(-1) - n, n // 2, n // 2), dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((rest, turned.to(x.dtype)), dim=-1)
+
+
 def attend(q, k, v, mask=None, dropout_p=0.0):
-    """Causal softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, eq. 1) in one fused kernel.
-    q (B, n_head, T, head_dim) are the last T of the S tokens of k and v (B, n_head, S, head_dim).
-    mask, which broadcasts to (B, n_head, T, S), says which of them each may look at. T = S and
-    T = 1 need none. Returns the heads side by side, (B, T, n_embd)."""
-    B, n_head, T, head_dim = q.shape
-    if T == 1 < k.size(2) and mask is None and q.device.type == 'cpu' and q.dtype.itemsize == 2:
-        y = F.softmax(q @ k.mT * head_dim ** -0.5, dim=-1) @ v  # three times as fast as the kernel
+    """Causal softmax(q k^T / sqrt(width)) v (Vaswani et al. 2017, eq. 1) in one fused kernel.
+    q (B, n_head, T, width) are the last T of the S tokens of k (B, n_kv_head, S, width) and v
+    (B, n_kv_head, S, head_dim), whose heads groups of queries share. mask, which broadcasts to
+    (B, n_head, T, S), says which of the tokens each may look at. T = S and T = 1 need none. Returns
+    the heads side by side, (B, T, n_embd)."""
+    T, width, head_dim = q.size(2), q.size(3), v.size(3)
+    is_grouped = q.size(1) != k.size(1)
+    is_half = q.device.type == 'cpu' and q.dtype.itemsize == 2
+    if T == 1 < k.size(2) and mask is None and is_half and not is_grouped:
+        y = F.softmax(q @ k.mT * width ** -0.5, dim=-1) @ v  # three times as fast as the kernel
     else:
         is_causal = mask is None and T == k.size(2)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=is_causal)
-    return y.transpose(1, 2).reshape(B, T, n_head * head_dim)
+        if head_dim < width:  # the fast kernels want one width
+            v = F.pad(v, (0, width - head_dim))
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=is_causal,
+                                           enable_gqa=is_grouped)[..., :head_dim]
+    return y.transpose(1, 2).flatten(2)
 
 
 def weights_into_heads(linear, n_head):
@@ -91,53 +148,73 @@ def weights_into_heads(linear, n_head):
     return linear.weight.unflatten(0, (n_head, -1)).transpose(1, 2)
 
 
-def weights_out_of_heads(linear, n_head):
-    """The same of a Linear whose inputs are the heads: (n_head, head_dim, n_out)."""
-    return linear.weight.T.unflatten(0, (n_head, -1))
-
-
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention: every head reads its keys and values from the residual stream."""
+    """Multi-head attention: every head reads its keys and values from the residual stream, or
+    every group of heads if n_kv_head is below n_head."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        n_all = self.n_head + 2 * self.n_kv_head
+        self.c_attn = nn.Linear(config.n_embd, n_all * config.head_dim, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
-        self.n_head = config.n_head
+        self.is_rotary, self.base = config.rotary == 'all', config.rotary_base
 
-    def heads(self, x):
-        return tuple(split_heads(part, self.n_head) for part in self.c_attn(x).chunk(3, dim=-1))
+    def of_all(self, q, k, v):
+        """k and v (n_kv_head in dimension -3) with a copy for each head, n_head like q."""
+        n = self.n_head // self.n_kv_head
+        return q, k.repeat_interleave(n, dim=-3), v.repeat_interleave(n, dim=-3)
+
+    def project(self, x, start=0):
+        """x (B, T, n_embd) -> q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim)"""
+        all_heads = split_heads(self.c_attn(x), self.n_head + 2 * self.n_kv_head)
+        q, k, v = all_heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        if self.is_rotary:
+            q, k = rotate(q, start, self.base), rotate(k, start, self.base)
+        return q, k, v
+
+    def heads(self, x, start=0):
+        return self.of_all(*self.project(x, start))
 
     def forward(self, x, cache=None):
-        q, k, v = self.heads(x)
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.append(k, v)  # k, v (B, n_head, S, head_dim)
+        q, k, v = self.project(x, cache.start if cache else 0)
+        k, v, mask = cache.append(k, v) if cache else (k, v, None)  # k, v (B, n_kv_head, S, ...)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y))  # (B, T, n_embd)
 
     def cache_shapes(self, B, length):
-        """Keys and values: 2 n_embd numbers per token."""
-        shape = B, self.n_head, length, self.c_proj.in_features // self.n_head
+        """Keys and values: 2 n_kv_head head_dim numbers per token."""
+        shape = B, self.n_kv_head, length, self.c_proj.in_features // self.n_head
         return [shape, shape]
 
     def head_weights(self):
-        W_Q, W_K, W_V = weights_into_heads(self.c_attn, 3 * self.n_head).chunk(3)
-        return W_Q, W_K, W_V, weights_out_of_heads(self.c_proj, self.n_head)
+        W = weights_into_heads(self.c_attn, self.n_head + 2 * self.n_kv_head)
+        W_Q, W_K, W_V = self.of_all(*W.split((self.n_head, self.n_kv_head, self.n_kv_head)))
+        return W_Q, W_K, W_V, self.c_proj.weight.T.unflatten(0, (self.n_head, -1))
+
+    def rotary_weights(self):
+        return self.head_weights()[:2] if self.is_rotary else None
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.is_gated = config.mlp == 'gated'
+        # two thirds of the width in three matrices are as many parameters
+        width = 8 * config.n_embd // 3 if self.is_gated else 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        if self.is_gated:
+            self.c_gate = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.gelu = config.gelu
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)))
+        h = self.c_fc(x)
+        h = F.silu(self.c_gate(x)) * h if self.is_gated else F.gelu(h, approximate=self.gelu)
+        return self.dropout(self.c_proj(h))
 
 
 class Block(nn.Module):
@@ -145,13 +222,16 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = attention_class(config)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias) if config.mlp else None
+        self.mlp = MLP(config) if config.mlp else None
+
+    def mlp_out(self, x):
+        """What the MLP makes of x (B, T, n_embd): zeros where there is none."""
+        return self.mlp(self.ln_2(x)) if self.mlp else torch.zeros_like(x)
 
     def forward(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp_out(x)
 
 
 # Dense bf16 peaks in FLOP/s from data sheets. The first key that is in the device's name counts.
@@ -173,9 +253,12 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config, self.attention_class) for _ in range(config.n_layer)]),
+            h=nn.ModuleList([Block(config.of_layer(layer), self.attention_class)
+                             for layer in range(config.n_layer)]),
             ln_f=LayerNorm(config.n_embd, bias=config.bias),
         ))
+        if config.rotary != 'none':
+            del self.transformer['wpe']
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied, as in GPT-2
 
@@ -198,16 +281,18 @@ class GPT(nn.Module):
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, by default without the position embeddings, as nanoGPT counts."""
-        n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if not (non_embedding and name == 'transformer.wpe.weight'))
 
     def embed(self, idx, start=0):
         """The residual stream (B, T, n_embd) before the first block for idx (B, T). start is the
         first token's position, a number or a tensor (B, 1). Positions past the context, where only
         unused drafts of speculation lie, get its last one."""
-        pos = start + torch.arange(idx.size(1), device=idx.device)
-        pos = pos.clamp(max=self.config.block_size - 1)  # (T,) or (B, T)
-        return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
+        x = self.transformer.wte(idx)
+        if 'wpe' in self.transformer:
+            pos = start + torch.arange(idx.size(1), device=idx.device)
+            x = x + self.transformer.wpe(pos.clamp(max=self.config.block_size - 1))
+        return self.transformer.drop(x)
 
     def unembed(self, x):
         """The logits (..., vocab_size) of the last residual stream (..., n_embd)."""
@@ -254,9 +339,10 @@ class GPT(nn.Module):
         if not 1 <= block_size <= known:
             raise ValueError(f"block_size={block_size} must lie between 1 and the model's {known}")
         self.config.block_size = block_size
-        wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
-        wpe.num_embeddings = block_size
+        if 'wpe' in self.transformer:
+            wpe = self.transformer.wpe
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+            wpe.num_embeddings = block_size
 
     @classmethod
     def from_state_dict(cls, config, state_dict):
@@ -270,8 +356,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, override_args=None):
-        """GPT-2's published weights: see export_huggingface.from_hugging_face."""
-        from export_huggingface import from_hugging_face  # which needs transformers
+        """Weights of transformers', such as GPT-2's: see runtime/hugging_face.py."""
+        from runtime.hugging_face import from_hugging_face  # which needs transformers
         return from_hugging_face(cls, source, override_args)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
@@ -295,6 +381,6 @@ class GPT(nn.Module):
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     def flops_per_token(self):
-        """FLOPs per token of a pass forward and backward: 6 N + 12 L H Q T (PaLM, appendix B)."""
-        c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        """FLOPs per token of a pass forward and backward: 6 for each parameter (PaLM, appendix B),
+        and what the scores of attention take."""
+        return 6 * self.get_num_params() + self.config.n_layer * self.config.attention_flops()

@@ -15,7 +15,7 @@ Reference: Gloeckle et al. 2024, "Better & Faster Large Language Models via Mult
 eq. 2 and section 2.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import GPT, Block, CausalSelfAttention
+from model import GPT, Block, CausalSelfAttention, GPTConfig
 from model_mla import MLAConfig, MultiLatentAttention
 
 ATTENTIONS = {'mha': CausalSelfAttention, 'mla': MultiLatentAttention}
@@ -34,14 +34,14 @@ class BlockHead(Block):
     reads_before_last_block = True  # otherwise a head reads the stream after all n_layer blocks
 
     def __init__(self, config):
-        super().__init__(config, ATTENTIONS[config.attention])
+        super().__init__(config.of_layer(config.n_layer - 1), ATTENTIONS[config.attention])
 
     def cache_shapes(self, B, length):
         return self.attn.cache_shapes(B, length)
 
     def extra_flops(self, config):
         """FLOPs per token, forward and backward, beyond 6 for each parameter (PaLM, appendix B)."""
-        return 12 * config.n_embd * config.block_size
+        return config.attention_flops()
 
 
 class LinearHead(nn.Module):
@@ -81,13 +81,11 @@ class KAheadConfig(MLAConfig):
             value = getattr(self, key)
             if value not in known:
                 raise ValueError(f"{key}={value!r} must be {' or '.join(map(repr, known))}")
-        has_latent = self.attention == 'mla'
-        if not has_latent and self.n_latent is not None:
-            raise ValueError(f"n_latent={self.n_latent} is for attention='mla', attention is "
-                             f'{self.attention!r}: leave it out, or give --attention=mla')
-        super().__post_init__()
-        if not has_latent:
-            self.n_latent = None
+        if self.attention == 'mla':
+            super().__post_init__()
+        else:
+            self.refuse_latent()
+            GPTConfig.__post_init__(self)
         if not 1 <= self.k_ahead < self.block_size:
             raise ValueError(f'k_ahead={self.k_ahead} must be at least 1 and below '
                              f'block_size={self.block_size}')
@@ -95,6 +93,18 @@ class KAheadConfig(MLAConfig):
             raise ValueError(f'n_layer={self.n_layer} must be at least 2 with head={self.head!r}: '
                              "a block for the trunk, one for the heads; or use head='linear'")
         self.normalised_weights()
+
+    def refuse_latent(self):
+        """Raise ValueError for a setting of MLA."""
+        of_mla = {f.name: f.default for f in fields(MLAConfig)}
+        for f in fields(GPTConfig):
+            del of_mla[f.name]
+        given = {key: getattr(self, key) for key in of_mla if getattr(self, key) != of_mla[key]}
+        if self.rotary == 'decoupled':
+            given['rotary'] = self.rotary
+        for key, value in given.items():
+            raise ValueError(f"{key}={value!r} is for attention='mla', attention is "
+                             f'{self.attention!r}: leave it out, or give --attention=mla')
 
     def normalised_weights(self):
         """The weights of the heads' losses, a list of k_ahead numbers that add up to 1. Raises

@@ -23,7 +23,7 @@ from configurator import UserError, configure, run
 
 import torch
 
-from models import MODELS, cached_numbers
+from models import cached_numbers, label_of
 from runtime.checkpoint import build_model, latest_path, read_checkpoint
 
 HEADINGS = {'folder': 'folder', 'model': 'model', 'n_latent': 'latent', 'iterations': 'iterations',
@@ -43,7 +43,7 @@ class Row:
     checkpoint: str  # its newest file
     error: str | None = None  # why nothing else is known
     model: str | None = None
-    n_latent: int | None = None
+    n_latent: int | str | None = None  # a text where each layer has its own
     iterations: int | None = None
     val_loss: float | None = None  # the best, in nats
     params: int | None = None
@@ -86,13 +86,17 @@ def read_row(path):
                            for name, weight in checkpoint['model'].items()}
     model = build_model(checkpoint, path)
     iterations, val_loss = checkpoint.get('iter_num'), checkpoint.get('best_val_loss')
-    return Row(str(path.parent), str(path), model=MODELS[model.model_type].label,
-               n_latent=getattr(model.config, 'n_latent', None),
+    return Row(str(path.parent), str(path), model=label_of(model),
+               n_latent=one_or_text(getattr(model.config, 'n_latent', None)),
                iterations=iterations if type(iterations) is int else None,
                val_loss=finite_or_none(val_loss),
                params=model.get_num_params(non_embedding=False),
                cache_bytes_per_token=cached_numbers(model) * torch.float32.itemsize,
                saved=datetime.fromtimestamp(path.stat().st_mtime).isoformat(' ', 'minutes'))
+
+
+def one_or_text(n_latent):
+    return '/'.join(map(str, n_latent)) if isinstance(n_latent, tuple) else n_latent
 
 
 def finite_or_none(value):

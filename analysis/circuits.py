@@ -77,8 +77,7 @@ def token_vectors(model, ids, first_mlp=True):
     first MLP adds to the embedding is included (Wang et al. 2023, section 3.1)."""
     x = model.transformer.wte.weight[ids]
     if first_mlp:
-        block = model.transformer.h[0]
-        x = x + block.mlp(block.ln_2(x))
+        x = x + model.transformer.h[0].mlp_out(x)
     x = centred(x.double())
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 

@@ -3,7 +3,7 @@ Run a model once and hand over what happened, one block at a time. So the attent
 more than one block are alive. The output of a head can be changed on the way: ablation and
 patching need nothing else.
 
-Both attentions have heads() and c_proj, so nothing here asks which one a model has.
+Every attention has heads() and c_proj, so nothing here asks which one a model has.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ class BlockRecord:
     """What happened in one block."""
     layer: int
     before: torch.Tensor  # (B, T, n_embd) the residual stream that enters the block
-    q: torch.Tensor  # (B, n_head, T, head_dim)
+    q: torch.Tensor  # (B, n_head, T, width) with positions, as the scores see them
     k: torch.Tensor
-    v: torch.Tensor
+    v: torch.Tensor  # (B, n_head, T, head_dim)
     z: torch.Tensor  # (B, n_head, T, head_dim) each head's output: values weighted by attention
     attention_out: torch.Tensor  # (B, T, n_embd)
     mlp_out: torch.Tensor  # (B, T, n_embd)
     after: torch.Tensor  # (B, T, n_embd) before + attention_out + mlp_out
 
     def pattern(self):
-        """The attention pattern: causal softmax(q k^T / sqrt(head_dim)), (B, n_head, T, T)."""
-        T, head_dim = self.q.shape[-2:]
+        """The attention pattern: causal softmax(q k^T / sqrt(width)), (B, n_head, T, T)."""
+        T, width = self.q.shape[-2:]
         later = torch.ones(T, T, dtype=torch.bool, device=self.q.device).triu(1)
-        scores = self.q @ self.k.mT * head_dim ** -0.5
+        scores = self.q @ self.k.mT * width ** -0.5
         return scores.masked_fill_(later, -torch.inf).softmax(dim=-1)
 
 
@@ -57,7 +57,7 @@ def run_from(model, x, layer, edit=None):
         if edit is not None:
             z = edit(number, z)
         attention_out = block.attn.c_proj(z.transpose(1, 2).flatten(2))
-        mlp_out = block.mlp(block.ln_2(x + attention_out))
+        mlp_out = block.mlp_out(x + attention_out)
         after = x + attention_out + mlp_out
         yield BlockRecord(number, x, q, k, v, z, attention_out, mlp_out, after)
         x = after

@@ -20,7 +20,7 @@ from urllib.parse import quote
 from configurator import UserError, run
 
 from analysis import program
-from models import MODELS, describe
+from models import describe, label_of
 from runtime.loading import find_checkpoint, is_hugging_face
 from runtime.progress import progress_bar
 
@@ -153,14 +153,14 @@ def load_pair():
     if same_model(config.model, config.other):
         raise UserError(f'other={config.other!r} is the same as model={config.model!r}: give '
                         'another')
-    labels = [MODELS[subject.model.model_type].label for subject in pair]
-    if labels[0] == labels[1]:
-        labels = [f'{label}, {subject.source}' for label, subject in zip(labels, pair)]
-    for label, subject in zip(labels, pair):
-        subject.label = label
+    names = [label_of(subject.model) for subject in pair]
+    if names[0] == names[1]:
+        names = [f'{name}, {subject.source}' for name, subject in zip(names, pair)]
+    for name, subject in zip(names, pair):
+        subject.label = name
         if config.text:  # report a mistake in it before the work, not after
             program.text_tokens(subject, config.text)
-    return config, dict(zip(labels, pair))
+    return config, dict(zip(names, pair))
 
 
 def main():

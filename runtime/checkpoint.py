@@ -58,10 +58,10 @@ def save_checkpoint(path, model, tokenizer, config, iter_num, weights=None, keep
     or the new one, never half of it. With keep > 1, keep - 1 older ones stay as path.1, path.2 and
     so on. Raises OSError where the file cannot be written.
     """
-    # nanoGPT has no such key, so it is written only where it says something
-    added = {'gelu': GPTConfig.gelu}
+    # nanoGPT has no such keys, so they are written only where they say something
+    added = ('gelu', 'n_kv_head', 'rotary', 'rotary_base', 'mlp')
     model_args = {key: value for key, value in asdict(model.config).items()
-                  if key not in added or value != added[key]}
+                  if key not in added or value != getattr(GPTConfig, key)}
     checkpoint = {
         'model': model.state_dict() if weights is None else weights,
         'model_args': model_args,

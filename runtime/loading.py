@@ -68,10 +68,10 @@ def load_model(source, device='cpu', model_type=None, dtype=torch.float32):
     the file's own pages, mapped into memory and not copied.
 
     source is a checkpoint, an out_dir (its only checkpoint, or the one of model_type), the
-    directory of a Hugging Face GPT-2, or a name such as 'gpt2'. Raises UserError.
+    directory of a Hugging Face model, or a name such as 'gpt2'. Raises UserError.
     """
     if is_hugging_face(source):
-        model = from_pretrained(MODELS[model_type or 'gpt'].model_class, str(source))
+        model = from_pretrained(None, str(source))
         tokenizer, note = hugging_face_tokenizer(source, model.config.vocab_size)
         settings = {}
     else:
@@ -86,7 +86,9 @@ def load_model(source, device='cpu', model_type=None, dtype=torch.float32):
         if not all(end.isfinite() for end in p.aminmax()):  # which makes no copy
             raise UserError(f'{source} has weights that are not finite, in {name}: give another '
                             'checkpoint')
-    return Trained(model.to(device, dtype).eval(), tokenizer, settings.get('dataset', ''),
+    dataset = settings.get('dataset')
+    return Trained(model.to(device, dtype).eval(), tokenizer,
+                   dataset if isinstance(dataset, str) else '',
                    str(source), settings)
 
 
@@ -180,19 +182,23 @@ def hugging_face_tokenizer(source, vocab_size=None):
 
 
 def from_pretrained(model_class, name, **overrides):
-    """model_class.from_pretrained, with what is wrong as a UserError."""
+    """model_class.from_pretrained, with what is wrong as a UserError. Without a model_class, that
+    of the model which is there."""
     try:
+        if model_class is None:
+            from runtime.hugging_face import model_class_of  # which needs transformers
+            model_class = model_class_of(name)
         return model_class.from_pretrained(name, overrides)
     except ImportError:
         raise UserError(f'{name} is read with transformers, which is not installed: pip install -r '
                         'requirements.txt') from None
     except Exception as e:  # a damaged file can raise nearly anything
         reason = ' '.join(str(e).split()).split('. ')[0][:200]
-        if model_class is not GPT:
+        if model_class is not GPT or reason.startswith(f'{name} has the weights of'):
             raise UserError(reason) from None
         if name in GPT2_NAMES and isinstance(e, OSError):
             remedy = 'the network is needed once'
         else:
-            remedy = 'give the directory of a GPT-2, or a checkpoint'
+            remedy = 'give a directory as of export_huggingface.py, a GPT-2, or a checkpoint'
         raise UserError(f'{name} cannot be loaded ({type(e).__name__}: {reason}): {remedy}'
                         ) from None

@@ -34,7 +34,8 @@ def learning_rate_at(iter_num, config):
 def contradictions(config, model_config):
     """A line for each pair of settings that hardly both are meant."""
     c, lines = config, []
-    n_latent, n_embd = getattr(model_config, 'n_latent', None) or 0, model_config.n_embd
+    n_embd, widest = model_config.n_embd, getattr(model_config, 'n_latent', None) or 0
+    n_latent = max(widest) if isinstance(widest, tuple) else widest
     if n_latent > n_embd:
         against = 'larger than' if n_latent > 2 * n_embd else 'as large as' if (
             n_latent == 2 * n_embd) else 'smaller than'

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from export_huggingface import to_hugging_face
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 from runtime import run_log
 from runtime.dataset import write_splits
+from runtime.hugging_face import to_hugging_face
 from runtime.run_folder import kind_path
 from runtime.tokenizer import make_tokenizer, package_folder
 

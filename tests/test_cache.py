@@ -120,9 +120,9 @@ def test_mla_remembers_the_latent_and_builds_no_key_or_value_after_the_prompt():
 def test_a_prompt_runs_through_the_fused_causal_kernel(model_class, monkeypatch):
     calls, kernel = [], F.scaled_dot_product_attention
 
-    def spy(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **settings):
         calls.append((tuple(q.shape), is_causal, attn_mask is None))
-        return kernel(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+        return kernel(q, k, v, attn_mask, dropout_p, is_causal, **settings)
     monkeypatch.setattr(F, 'scaled_dot_product_attention', spy)
     model = tiny_model(model_class)
     model(torch.zeros(3, 7, dtype=torch.long), cache=new_cache(model, 3, 16))
@@ -133,18 +133,18 @@ def test_a_prompt_runs_through_the_fused_causal_kernel(model_class, monkeypatch)
 def test_absorbed_attention_is_the_naive_one_in_float64():
     attn = randomised(GPT_MLA, bias=True, n_latent=6).double().transformer.h[0].attn
     c, x = torch.randn(2, 11, 6, dtype=torch.float64), torch.randn(2, 4, 16, dtype=torch.float64)
-    q, (k, v) = attn.query(x), attn.keys_and_values(c)
+    q, (k, v) = attn.queries(x), attn.keys_and_values(c)
     for T in (1, 4):
         wanted = torch.zeros(2, T, 16, dtype=torch.float64)
         for b in range(2):
             for h in range(2):
                 for t in range(T):
                     seen = 11 - T + t + 1
-                    query = q[b, 4 - T + t, 8 * h:8 * h + 8]
+                    query = q[b, h, 4 - T + t]
                     weights = torch.softmax(k[b, h, :seen] @ query / math.sqrt(8), 0)
                     wanted[b, t, 8 * h:8 * h + 8] = weights @ v[b, h, :seen]
         mask = causal_mask(T, 11, torch.float64, 'cpu')
-        absorbed = attn.attend_absorbed(q[:, 4 - T:], c, mask)
+        absorbed = attn.attend_absorbed(q[:, :, 4 - T:], c, mask)
         torch.testing.assert_close(absorbed, wanted, atol=1e-12, rtol=1e-12)
 
 

@@ -22,7 +22,7 @@ def test_transformers_computes_the_same_logits(settings, tmp_path, program):
         p.data += 0.3 * torch.randn_like(p)
     save(tmp_path / 'ckpt.pt', model)
     code, out, err = program(export_huggingface.main, tmp_path / 'ckpt.pt', tmp_path / 'hf')
-    assert code == 0 and 'tokenizer.json' in out and 'written as' not in out, err
+    assert code == 0 and 'tokenizer.json' in out and 'in place of' not in out, err
     hf, report = GPT2LMHeadModel.from_pretrained(tmp_path / 'hf', output_loading_info=True)
     assert not any(report[f'{problem}_keys'] for problem in ('missing', 'unexpected', 'mismatched'))
     idx = torch.randint(14, (3, 16))

@@ -17,7 +17,7 @@ from models import Entry
 MODEL_MQA = '''
 import torch.nn as nn
 
-from model import GPT, attend, split_heads, weights_into_heads, weights_out_of_heads
+from model import GPT, attend, split_heads, weights_into_heads
 
 
 class MultiQueryAttention(nn.Module):
@@ -53,7 +53,8 @@ class MultiQueryAttention(nn.Module):
     def head_weights(self):
         W_K, W_V = weights_into_heads(self.key_value, 2).expand(-1, -1, -1).chunk(2)
         return (weights_into_heads(self.query, self.n_head), W_K.expand(self.n_head, -1, -1),
-                W_V.expand(self.n_head, -1, -1), weights_out_of_heads(self.c_proj, self.n_head))
+                W_V.expand(self.n_head, -1, -1),
+                self.c_proj.weight.T.unflatten(0, (self.n_head, -1)))
 
 
 class GPT_MQA(GPT):
