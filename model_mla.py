@@ -28,7 +28,7 @@ from model import GPT, GPTConfig, attend, require, rotate, split_heads, weights_
 class MLAConfig(GPTConfig):
     rotary: Literal['none', 'all', 'decoupled'] = 'none'  # 'all': queries and keys turn, without
         # wpe; decoding then rebuilds all keys each time. 'decoupled': n_rotary numbers beside them
-    n_latent: int | tuple | None = None  # width of the latent, or of each layer's; None: n_embd // 2
+    n_latent: int | tuple | None = None  # width of the latent, or each layer's; None: n_embd // 2
     n_rotary: int | None = None  # of rotary='decoupled'; None: half of a head's n_embd / n_head
     latent_norm: bool = False  # RMSNorm on the latents
     latent_scale: bool = False  # latents times sqrt(n_embd / their width), after the norm

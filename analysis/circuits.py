@@ -12,12 +12,19 @@ Within a head, only the products W_Q W_K^T and W_V W_O have a meaning: W_Q A and
 same head. So everything measured here depends only on the products, or on the spaces that they
 span. Products of rank head_dim are never multiplied out. Maps act on row vectors, biases are left
 out, and everything is float64.
+
+Where positions are rotary, the scores are content plus rotary. W_Q and W_K are the content part:
+the same at every distance. With rotary='all' there is no such part, and they are the whole score as
+it is at distance 0. rotary_part() is the other part at any distance. A norm on a latent divides
+what each token reads by a number of its own, which the maps leave out.
 """
 
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+
+from model import rotate
 
 
 @dataclass
@@ -28,6 +35,29 @@ class Heads:
     W_K: torch.Tensor
     W_V: torch.Tensor
     W_O: torch.Tensor
+
+
+def part_of_scores(model):
+    """A line on what W_Q and W_K of a model say, '' where they say everything."""
+    said = {'none': '', 'all': 'queries and keys turn with position: W_Q and W_K are those of '
+                               'distance 0'}
+    said = said.get(model.config.rotary, 'W_Q and W_K are the content part of the scores; the '
+                                         'rotary part is beside them')
+    if getattr(model.config, 'latent_norm', False):
+        said = '; '.join(filter(None, [said, 'the norm of each latent is left out']))
+    return said
+
+
+@torch.no_grad()
+def rotary_part(attention, base, distance):
+    """The rotary part of the scores of a query and a key that is distance tokens back, before they
+    are scaled, as maps (n_head, n_embd, n_embd): x_query M x_key^T. None where there is none. base
+    is the config's rotary_base."""
+    maps = attention.rotary_weights()
+    if maps is None:
+        return None
+    Q, K = maps
+    return rotate(Q.unsqueeze(2), distance, base).squeeze(2) @ K.mT
 
 
 def head_names(model):

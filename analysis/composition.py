@@ -13,7 +13,8 @@ It needs a model of two layers or more, and no text. The scores are those of Elh
 The scores of random matrices of the same shape are subtracted, so that 0 is chance. Only maps of
 rank 1 reach 1: two maps that use the same r directions equally have 1 / sqrt(r). Chance and its
 spread are those of heads that share nothing. The heads of an MLA layer share its latent. Where
-they have learned nothing, their scores scatter somewhat more around the same mean.
+they have learned nothing, their scores scatter somewhat more around the same mean. So it is with
+the heads of a group (GQA). Of rotary scores, the content part is meant, as circuits.py has it.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,14 @@ from configurator import UserError, run
 import numpy as np
 import torch
 
-from analysis.circuits import Heads, centred, folded_heads, head_names, r_factor
+from analysis.circuits import (
+    Heads,
+    centred,
+    folded_heads,
+    head_names,
+    part_of_scores,
+    r_factor,
+)
 from analysis.plots import Panel, draw_panels, field_maps, symmetric
 from analysis.program import AnalysisConfig, main
 from runtime.progress import progress_bar
@@ -49,6 +57,7 @@ class Composition:
     chance: dict  # of each kind, the mean over random pairs
     chance_spread: dict  # of each kind, the standard deviation over random pairs
     top: int
+    note: str = ''  # which part of the scores Q and K are about
 
 
 def norms(X):
@@ -116,7 +125,7 @@ def analyse(subject, config):
         for kind, scores in compositions(earlier, own).items():
             result[kind][:start, start:start + c.n_head] = scores.cpu().numpy() - means[kind]
     return Composition(head_names(subject.model), **result, chance=means, chance_spread=spreads,
-                       top=config.top)
+                       top=config.top, note=part_of_scores(subject.model))
 
 
 def strongest(result, kind, count):
@@ -136,7 +145,7 @@ def table(result):
                      f'mean {np.nanmean(getattr(result, kind)):+.3f}')
         for score, writer, reader in strongest(result, kind, result.top):
             lines.append(f'   {writer:>5} -> {reader:<5} {score:+.3f}')
-    return '\n'.join(lines)
+    return '\n'.join(lines + [result.note] * bool(result.note))
 
 
 def plot(results):

@@ -18,6 +18,9 @@ model has no names, so every character is tried.
 
 The two scores need not agree: the eigenvalues are of the bare embeddings of all tokens, weighted
 by their length.
+
+Both are about values, which no position turns. A norm on MLA's latent divides each token by a
+number of its own. It is left out, which the eigenvalues feel and the top-5 score does not.
 """
 
 from dataclasses import dataclass

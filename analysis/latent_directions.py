@@ -13,7 +13,8 @@ counts is how the heads use it. All maps out of a layer's latent, side by side, 
 The left singular vectors of M are directions of x, in the order in which the layer's attention
 reacts to them. Keys and values count the same. The tokens that excite a direction are those whose
 embedding (from layer 1 on: behind the first MLP) has the largest part along it. What a head writes
-for it is W_V W_O W_U.
+for it is W_V W_O W_U. Of rotary scores, W_Q and W_K are the content part, as circuits.py has it:
+the shared rotary key is no part of the latent.
 
 Who uses the latent: let G_K and G_V be the Gram matrices of the two halves of M over the latent.
 The eigenvalues l of G_K against G_K + G_V are the same in any basis: 1 for a direction of the
@@ -28,7 +29,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from analysis.circuits import folded_heads, folded_unembedding, joint_reading_space, token_vectors
+from analysis.circuits import (
+    folded_heads,
+    folded_unembedding,
+    joint_reading_space,
+    part_of_scores,
+    token_vectors,
+)
 from analysis.plots import token_labels
 from analysis.program import AnalysisConfig, main
 from runtime.progress import progress_bar
@@ -68,6 +75,7 @@ class LatentDirections:
     both: np.ndarray
     directions: list  # for each layer, the strongest ones
     alone: float
+    note: str = ''  # which part of the scores the keys are about
 
 
 def users(heads, layer, basis):
@@ -144,7 +152,8 @@ def analyse(subject, config):
     heads = folded_heads(subject.model)
     latents = find_latents(subject, heads)
     vocabulary = Vocabulary(subject, config.tokens)
-    result = LatentDirections([], [], *np.zeros((3, len(latents))), [], config.alone)
+    result = LatentDirections([], [], *np.zeros((3, len(latents))), [], config.alone,
+                              part_of_scores(subject.model))
     for layer, basis in enumerate(progress_bar(latents, 'latent directions')):
         G_K, G_V = users(heads, layer, basis)
         squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(G_K + G_V))
@@ -180,7 +189,7 @@ def table(result):
                                               direction.writes[head], direction.suppresses[head]))
         lines.append(f'{layer:>5}{direction.key_share:>6.0%}   {excite}  |  {inhibit}  ->  '
                      f'{layer}.{head}  {writes}  |  {suppresses}')
-    return '\n'.join(lines)
+    return '\n'.join(lines + [result.note] * bool(result.note))
 
 
 def plot(results):

@@ -27,7 +27,9 @@ too. At most half of the singular values and one more can be told from noise. A 
 has reached that has at least so many, and so has a mean over heads with such a one. Where many
 more stand out alike, they are taken for the noise, and the count is too low.
 
-Over a text, the same is asked of the scores q k^T (keys less their mean, which no softmax sees)
+In the weights, rotary scores count with their content part alone, as circuits.py has it; over a
+text they count whole. The same is asked there of the scores q k^T (keys less their mean, which no
+softmax sees where positions are not rotary)
 and of what the heads write for each token that they read, v W_O (less its mean). Noise there would
 be independent tokens with uncorrelated coordinates of one size. No text is like it, so most
 singular values are outliers, and the effective rank says more.
@@ -43,7 +45,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from analysis.circuits import centred, folded_heads, joint_reading_space, product_singular_values
+from analysis.circuits import (
+    centred,
+    folded_heads,
+    joint_reading_space,
+    part_of_scores,
+    product_singular_values,
+)
 from analysis.program import AnalysisConfig, main
 from analysis.record import record
 from runtime.progress import progress_bar
@@ -78,6 +86,7 @@ class Spectrum:
     activations: dict  # the same; empty where there was no text
     n_tokens: int  # of the text
     no_text: str = ''  # why there was none
+    note: str = ''  # which part of the scores the weights are about
 
 
 def effective_rank(singular_values):
@@ -146,12 +155,12 @@ def layer_outliers(values, dimensions):
 
 def spectra(A, B, n, m, latents):
     """Spectra of the products A B of all heads, A (n_layer, n_head, n, r), B (n_layer, n_head, r,
-    m). n and m are the dimensions that count for noise. latents (n_layer) are the dimensions of
-    the latents that noise is read through, None for no latent."""
+    m). n and m are the dimensions that count for noise. latents has a list for each layer: the
+    dimensions of the latents that noise is read through."""
     values = product_singular_values(A, B)
     common = [A.size(-1), n, m]
-    own = np.stack([layer_outliers(layer, [*common, latent] if latent else common)
-                    for layer, latent in zip(values, latents)], axis=1)  # (2, n_layer, n_head)
+    own = np.stack([layer_outliers(layer, [*common, *through])
+                    for layer, through in zip(values, latents)], axis=1)  # (2, n_layer, n_head)
     shared = np.stack([layer_outliers(layer, common) for layer in values], axis=1)
     return Spectra(values.cpu().numpy(), effective_rank(values).cpu().numpy(), own[0], shared[0],
                    own[1].astype(bool), shared[1].astype(bool))
@@ -161,10 +170,21 @@ def of_weights(model):
     """Spectra of W_Q W_K^T and W_V W_O, by name."""
     heads = folded_heads(model)
     n = heads.W_Q.size(-2) - 1  # the centring takes one dimension away
-    ranks = [joint_reading_space(heads, layer).size(1) for layer in range(len(heads.W_Q))]
-    latents = [rank if rank < n else None for rank in ranks]
-    return {'QK': spectra(heads.W_Q, heads.W_K.mT, n, n, latents),
+    latents = latent_widths(model, heads, n)
+    n_query = getattr(model.config, 'n_query_latent', None) or n
+    both = [[*through, n_query] if n_query < n else through for through in latents]
+    return {'QK': spectra(heads.W_Q, heads.W_K.mT, n, n, both),
             'OV': spectra(heads.W_V, heads.W_O, n, n, latents)}
+
+
+def latent_widths(model, heads, n):
+    """For each layer a list: the dimensions of the latent of keys and values, nothing where there
+    is none or where it keeps all n. The few keys and values of GQA are no latent: each head reads
+    them as noise would read the stream."""
+    if not getattr(model.config, 'n_latent', None):
+        return [[] for _ in heads.W_Q]
+    ranks = [joint_reading_space(heads, layer).size(1) for layer in range(len(heads.W_Q))]
+    return [[rank] if rank < n else [] for rank in ranks]
 
 
 def joined(layers):
@@ -178,21 +198,22 @@ def of_activations(model, windows):
     per_layer = [[] for _ in model.transformer.h]
     for idx in progress_bar(windows, 'activations'):
         for block in record(model, idx):
-            qkv = torch.stack([block.q, block.k, block.v])  # (3, B, n_head, T, head_dim)
-            per_layer[block.layer].append(qkv.transpose(1, 2).flatten(2, 3))
+            # each (n_head, B * T, width)
+            per_layer[block.layer].append([part.transpose(0, 1).flatten(1, 2)
+                                           for part in (block.q, block.k, block.v)])
     QK, OV = [], []
     for block, parts in zip(model.transformer.h, per_layer):
-        q, k, v = torch.cat(parts, dim=2).double()  # each (n_head, tokens, head_dim)
+        q, k, v = (torch.cat(part, dim=1).double() for part in zip(*parts))
         k, v = centred(k, 1), centred(v, 1)
         W_O = centred(block.attn.head_weights()[-1].detach().double())
         n_tokens = q.size(1)
-        QK.append(spectra(q[None], k.mT[None], n_tokens, n_tokens, [None]))
-        OV.append(spectra(v[None], W_O[None], n_tokens, W_O.size(-1) - 1, [None]))
+        QK.append(spectra(q[None], k.mT[None], n_tokens, n_tokens, [[]]))
+        OV.append(spectra(v[None], W_O[None], n_tokens, W_O.size(-1) - 1, [[]]))
     return {'QK': joined(QK), 'OV': joined(OV)}
 
 
 def analyse(subject, config):
-    c = subject.model.config
+    c, note = subject.model.config, part_of_scores(subject.model)
     weights = of_weights(subject.model)
     try:
         length = min(c.block_size, config.max_tokens)
@@ -200,14 +221,14 @@ def analyse(subject, config):
     except UserError as e:
         if config.text:
             raise
-        return Spectrum(weights, {}, 0, str(e))  # none was asked for
+        return Spectrum(weights, {}, 0, str(e), note)  # none was asked for
     windows = [idx[:, :-1] for idx in windows]
     n_tokens = sum(idx.numel() for idx in windows)
     head_dim = c.n_embd // c.n_head
     if n_tokens < 2 * head_dim:
         raise UserError(f'spectrum has only {n_tokens} tokens for heads of {head_dim} dimensions: '
                         f'give a longer text, and max_tokens={2 * head_dim} or more')
-    return Spectrum(weights, of_activations(subject.model, windows), n_tokens)
+    return Spectrum(weights, of_activations(subject.model, windows), n_tokens, note=note)
 
 
 def outliers_text(found, layers=slice(None), kind=''):
@@ -232,6 +253,8 @@ def table(result):
                  'mean over heads')
     if result.no_text:
         lines.append(f'no activations: {result.no_text}')
+    if result.note:
+        lines.append(f'weights: {result.note}')
     return '\n'.join(lines)
 
 

@@ -12,7 +12,9 @@ a >= b among n it is a / n.
 
 The latent space of a layer is what all its keys and values read together: n_latent dimensions for
 MLA, in general the n_embd - 1 that LayerNorm leaves for MHA. So the keys and values of an MLA layer
-share fewer dimensions, and chance within the latent is higher.
+share fewer dimensions, and chance within the latent is higher. Heads of a group (GQA) have the same
+keys and values. Such pairs are not counted, since their overlap is 1 whatever was learned. Of
+rotary keys, the content part is meant, as circuits.py has it.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,13 @@ from configurator import run
 import numpy as np
 import torch
 
-from analysis.circuits import folded_heads, head_names, joint_reading_space, orthonormal
+from analysis.circuits import (
+    folded_heads,
+    head_names,
+    joint_reading_space,
+    orthonormal,
+    part_of_scores,
+)
 from analysis.plots import Panel, draw_panels, field_maps
 from analysis.program import AnalysisConfig as Config
 from analysis.program import main
@@ -47,6 +55,7 @@ class Subspaces:
     latent_overlap: np.ndarray  # (n_layer, n_layer) of those spaces
     latent_chance: np.ndarray  # (n_layer, n_layer) of random spaces of their sizes
     chance_in_latent: float  # overlap of two heads' keys or values, random within a layer's latent
+    note: str = ''  # which part of the scores the keys are about
 
 
 def padded_bases(W):
@@ -89,6 +98,13 @@ def compare_spaces(first, second, n_dimensions):
     return overlap, degrees(squares).cpu().numpy(), chance
 
 
+def equal_pairs(W):
+    """Which pairs of heads (heads, heads) have the same map, as the heads of a group have. W is
+    (n_layer, n_head, n_embd, head_dim)."""
+    W = W.flatten(0, 1)
+    return torch.stack([(W == one).flatten(1).all(1) for one in W]).cpu().numpy()
+
+
 def overlaps_of_latents(latents):
     """The overlap (n_layer, n_layer) of the spaces with bases latents."""
     overlap = np.zeros((len(latents), len(latents)))
@@ -113,8 +129,10 @@ def analyse(subject, config):
     chance_in_latent = np.mean(np.minimum(head_dim, ranks) / ranks.clip(min=1))
     by_pair = {field: {} for field in ('overlap', 'chance', 'smallest_angle', 'within', 'across',
                                        'angles_within', 'angles_across')}
+    shared = {'key': equal_pairs(heads.W_K), 'value': equal_pairs(heads.W_V)}
     result = Subspaces(
         head_names(subject.model), **by_pair, latent_rank=ranks.tolist(),
+        note=part_of_scores(subject.model),
         latent_overlap=overlaps_of_latents(latents),
         latent_chance=np.maximum.outer(ranks, ranks) / n_dimensions,
         chance_in_latent=float(chance_in_latent))
@@ -126,9 +144,10 @@ def analyse(subject, config):
         pair = f'{first}-{second}'
         result.overlap[pair], result.chance[pair] = overlap, chance
         result.smallest_angle[pair] = angles[..., 0]
-        result.within[pair] = float(mean_where(overlap, within))
+        counted = within & ~shared[first] if first == second != 'output' else within
+        result.within[pair] = float(mean_where(overlap, counted))
         result.across[pair] = float(mean_where(overlap, across))
-        result.angles_within[pair] = mean_where(angles, within)
+        result.angles_within[pair] = mean_where(angles, counted)
         result.angles_across[pair] = mean_where(angles, across)
     return result
 
@@ -148,7 +167,7 @@ def table(result):
     ranks = ', '.join(map(str, result.latent_rank))
     lines.append(f'keys and values together read {ranks} dimensions (by layer); random keys or '
                  f'values within that overlap {result.chance_in_latent:.3f}')
-    return '\n'.join(lines)
+    return '\n'.join(lines + [result.note] * bool(result.note))
 
 
 def overlap_maps(results, first, second):
