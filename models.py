@@ -56,9 +56,9 @@ VARIANTS = {
 }
 
 
-def label_of(model):
-    """What tables and pictures call a model: MHA, GQA rotary, MLA decoupled."""
-    c, name = model.config, MODELS[model.model_type].label
+def label_of(model_type, c):
+    """What tables and pictures call a model of the config c: MHA, GQA rotary, MLA decoupled."""
+    name = MODELS[model_type].label
     if name == 'MHA' and c.n_kv_head not in (None, c.n_head):
         name = 'GQA'
     return name + {'none': '', 'all': ' rotary'}.get(c.rotary, f' {c.rotary}')

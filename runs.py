@@ -86,7 +86,7 @@ def read_row(path):
                            for name, weight in checkpoint['model'].items()}
     model = build_model(checkpoint, path)
     iterations, val_loss = checkpoint.get('iter_num'), checkpoint.get('best_val_loss')
-    return Row(str(path.parent), str(path), model=label_of(model),
+    return Row(str(path.parent), str(path), model=label_of(model.model_type, model.config),
                n_latent=one_or_text(getattr(model.config, 'n_latent', None)),
                iterations=iterations if type(iterations) is int else None,
                val_loss=finite_or_none(val_loss),

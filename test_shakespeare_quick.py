@@ -4,9 +4,11 @@ The comparison: train the same GPT-2 with multi-head attention (MHA) and with mu
 
     python test_shakespeare_quick.py                    about three minutes on a laptop's CPU
     python test_shakespeare_quick.py --max_iters=200    every key of the trainer can be given
+    python test_shakespeare_quick.py --models=mha,gqa,mla,mla_decoupled --out_dir=out_family
 
 It needs the data: python data/shakespeare_char/prepare.py first. Despite its name this is a program
-and no test. It writes results.json, comparison.png, samples.txt and both checkpoints to out_dir.
+and no test. It writes results.json, comparison.png, samples.txt and the checkpoints to out_dir. GQA
+and the kinds of MLA have caches of one size where that can be: the table says what they have.
 """
 
 import json
@@ -15,7 +17,7 @@ import platform
 import shlex
 import sys
 import textwrap
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from configurator import UserError, build, configure, run
@@ -26,7 +28,7 @@ from matplotlib.figure import Figure
 from evaluate import split_loss
 from generate import generate
 from model_mla import MLAConfig
-from models import MODELS, cached_numbers
+from models import MODELS, VARIANTS, cached_numbers, label_of
 from runtime.checkpoint import checkpoint_path
 from runtime.cpu_linear import use_cpu_linear
 from runtime.dataset import open_data
@@ -34,8 +36,6 @@ from runtime.device import autocast, pick_device, pick_dtype
 from runtime.run_log import plot_losses
 from train import TrainConfig, launch
 
-PAIR = {name: MODELS[name] for name in ('gpt', 'mla')}
-KEYS = {name: entry.label.lower() for name, entry in PAIR.items()}  # 'mha', 'mla' in results.json
 SAME = dict(out_dir='out_shakespeare_quick', dataset='shakespeare_char',
             gradient_accumulation_steps=1, eval_interval=100, log_interval=50, learning_rate=1e-3,
             min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, bias=False)
@@ -47,6 +47,19 @@ ON_CPU = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dro
 ON_GPU = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
               eval_iters=40)
 SAMPLE_TOKENS = 300
+
+
+@dataclass
+class QuickConfig(TrainConfig):
+    models: str = 'mha,mla'  # two or more, with commas: mha, gqa, mla, mla_decoupled, mha_rotary,
+                             # gqa_rotary, mla_rotary
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = self.models.split(',')
+        if not set(names) <= VARIANTS.keys() or len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(f'models={self.models!r} must be two or more of '
+                             f"{', '.join(VARIANTS)}, with commas between them, each once")
 
 
 def measure(result, data, config):
@@ -61,6 +74,7 @@ def measure(result, data, config):
     with autocast(device.type, dtype):
         ids = generate(model, prompt, SAMPLE_TOKENS, tokenizer.n_vocab, temperature=0.8, top_k=200)
     return {
+        'label': label_of(model.model_type, model.config),
         'params': model.get_num_params(non_embedding=False),
         'attention_params': n_params,
         'train_loss': result.history[-1]['train_loss'],
@@ -73,56 +87,68 @@ def measure(result, data, config):
 
 
 def print_table(results):
-    mha, mla = results['mha'], results['mla']
+    first, *others = results.values()
     rows = [('parameters', 'params', '{:,}'), ('in attention', 'attention_params', '{:,}'),
             ('train loss, nats', 'train_loss', '{:.4f}'),
             ('val loss, nats', 'val_loss', '{:.4f}'),
             ('ms per iteration', 'ms_per_iter', '{:.1f}'),
             ('tokens per second', 'tokens_per_second', '{:,.0f}'),
             ('cache bytes per token', 'cache_bytes_per_token', '{:,}')]
-    print(f"\n{'':<22}{'MHA':>12}{'MLA':>12}{'MLA / MHA':>12}")
+    labels = [result['label'] for result in results.values()]
+    ratios = [f'{label} / {labels[0]}' for label in labels[1:]] if len(labels) == 2 else []
+    print('\n' + ' ' * 22 + ''.join(f'{name:>15}' for name in labels + ratios))
     for title, key, form in rows:
-        print(f'{title:<22}{form.format(mha[key]):>12}{form.format(mla[key]):>12}'
-              f'{mla[key] / mha[key]:>12.3f}')
+        cells = [form.format(result[key]) for result in results.values()]
+        cells += [f'{other[key] / first[key]:.3f}' for other in others if ratios]
+        print(f'{title:<22}' + ''.join(f'{cell:>15}' for cell in cells))
+    if not ratios:
+        changes = [f'{other["val_loss"] / first["val_loss"] - 1:+.1%}' for other in others]
+        print(f'{"val loss against " + labels[0]:<22}{"":>15}'
+              + ''.join(f'{change:>15}' for change in changes))
 
 
 def samples_text(results):
     texts = []
-    for name, entry in PAIR.items():
-        sample = textwrap.indent(results[KEYS[name]]['sample'].strip(), '    ')
-        texts.append(f'{entry.label}, {SAMPLE_TOKENS} tokens at temperature 0.8\n{sample}\n')
+    for result in results.values():
+        sample = textwrap.indent(result['sample'].strip(), '    ')
+        texts.append(f'{result["label"]}, {SAMPLE_TOKENS} tokens at temperature 0.8\n{sample}\n')
     return '\n'.join(texts)
 
 
 def draw_comparison(histories, results, settings, path):
     figure = Figure(figsize=(8, 5), layout='constrained')
     ax = figure.subplots()
-    for name, entry in PAIR.items():
-        plot_losses(ax, histories[KEYS[name]], entry.label, entry.colour)
-    mha, mla = results['mha']['val_loss'], results['mla']['val_loss']
+    for name, history in histories.items():
+        plot_losses(ax, history, results[name]['label'], VARIANTS[name].colour)
     rows = [row for history in histories.values() for row in history]
     lowest = min(row['val_loss'] for row in rows if 'val_loss' in row)
     # the start is the same for all and would flatten the rest
     ax.set_ylim(top=min(ax.get_ylim()[1], lowest + 1.2))
     ax.set_xlim(left=0)
-    ax.set_title(f"MHA and MLA on {Path(settings['dataset']).name}, same data in the same order\n"
+    first, *others = results.values()
+    losses = [f'{first["label"]} {first["val_loss"]:.4f}']
+    losses += [f'{other["label"]} {other["val_loss"]:.4f} '
+               f'({other["val_loss"] / first["val_loss"] - 1:+.1%})' for other in others]
+    names = [result['label'] for result in results.values()]
+    ax.set_title(f"{', '.join(names[:-1])} and {names[-1]} on {Path(settings['dataset']).name}, "
+                 'same data in the same order\n'
                  f"{settings['n_layer']} layers, {settings['n_embd']} wide, "
-                 f"latent {settings['n_latent']}; whole val split: MHA {mha:.4f}, MLA {mla:.4f} "
-                 f'({mla / mha - 1:+.1%})', fontsize=10)
+                 f"latent {settings['n_latent']}; whole val split: {', '.join(losses)}",
+                 fontsize=10, wrap=True)
     figure.savefig(path, dpi=130)
 
 
 def read_settings(argv):
-    """The TrainConfig for both models and the model settings, sized for the device."""
+    """The QuickConfig for all models and the model settings, sized for the device."""
     without_help = [arg for arg in argv if arg not in ('-h', '--help')]
-    device = configure(without_help, TrainConfig, MLAConfig, **SAME)[0].device
+    device = configure(without_help, QuickConfig, MLAConfig, **SAME)[0].device
     size = ON_GPU if pick_device(device)[1] == 'cuda' else ON_CPU
-    config, model_args = configure(argv, TrainConfig, MLAConfig, **SAME, **size)
+    config, model_args = configure(argv, QuickConfig, MLAConfig, **SAME, **size)
     model_args = of_model(SAME | size, MLAConfig) | model_args
     if config.lr_decay_iters == TrainConfig.lr_decay_iters:
         config = replace(config, lr_decay_iters=config.max_iters)
     if config.init_from != 'scratch':
-        raise UserError(f'init_from={config.init_from}: the comparison trains both models from '
+        raise UserError(f'init_from={config.init_from}: the comparison trains all models from '
                         'scratch, leave it out')
     if config.eval_only or config.max_iters < 1:
         raise UserError(f'eval_only={config.eval_only}, max_iters={config.max_iters}: the '
@@ -142,12 +168,12 @@ def of_model(settings, model_config_class):
 
 def print_next_steps(checkpoints):
     """Say how to go on with the checkpoints, in the user's shell."""
-    mha, mla = [shlex.quote(str(path)) for path in checkpoints]
+    first, *_, last = [shlex.quote(str(path)) for path in checkpoints]
     print('\nTo go on:')
     if Path(__file__).with_name('.venv').is_dir() and 'VIRTUAL_ENV' not in os.environ:
         print('    source .venv/bin/activate')
-    print(f'    python sample.py {mla}\n'
-          f'    python -m analysis.report {mha} {mla}')
+    print(f'    python sample.py {last}\n'
+          f'    python -m analysis.report {first} {last}')
 
 
 def main():
@@ -155,23 +181,26 @@ def main():
     out_dir = Path(config.out_dir)
     data = open_data(config.dataset)
 
-    results, histories = {}, {}
-    for name, entry in PAIR.items():
-        key = KEYS[name]
-        print(f'\n{entry.label}')
-        args = of_model(model_args, entry.model_class.config_class)
-        result = launch(entry.model_class, replace(config, out_dir=str(out_dir / key)), args)
+    results, histories, checkpoints = {}, {}, []
+    shape = build(MLAConfig, model_args)
+    for name in config.models.split(','):
+        variant = VARIANTS[name]
+        model_class = MODELS[variant.model_type].model_class
+        args = of_model(model_args, model_class.config_class) | variant.settings(shape)
+        print(f'\n{label_of(variant.model_type, build(model_class.config_class, args))}')
+        result = launch(model_class, replace(config, out_dir=str(out_dir / name)), args)
         if result.stopped:
             print('the comparison is not finished and starts anew next time')
             return
-        histories[key], results[key] = result.history, measure(result, data, config)
-    checkpoints = []
-    for name in PAIR:
-        checkpoint = checkpoint_path(out_dir / KEYS[name], name)
-        checkpoints.append(out_dir / checkpoint.name)
-        os.replace(checkpoint, checkpoints[-1])
+        histories[name], results[name] = result.history, measure(result, data, config)
+        checkpoints.append(checkpoint_path(out_dir / name, variant.model_type))
+    for number, path in enumerate(checkpoints):
+        if path.parent.name in ('mha', 'mla'):  # the others keep to their folders
+            checkpoints[number] = out_dir / path.name
+            os.replace(path, checkpoints[number])
     is_cuda = result.device.type == 'cuda'
-    settings = asdict(config) | asdict(result.model.config) | {
+    settings = asdict(config) | asdict(shape) | {
+        'vocab_size': result.model.config.vocab_size,
         'device_name': torch.cuda.get_device_name() if is_cuda else platform.machine(),
         'torch': torch.__version__, 'threads': torch.get_num_threads()}
 
@@ -181,7 +210,7 @@ def main():
     (out_dir / 'results.json').write_text(text)
     (out_dir / 'samples.txt').write_text(samples_text(results), encoding='utf-8')
     draw_comparison(histories, results, settings, out_dir / 'comparison.png')
-    names = ' and '.join(path.name for path in checkpoints)
+    names = ' and '.join(str(path.relative_to(out_dir)) for path in checkpoints)
     print(f'saved comparison.png, results.json, samples.txt, {names} in {out_dir}')
     print_next_steps(checkpoints)
 

@@ -153,7 +153,7 @@ def load_pair():
     if same_model(config.model, config.other):
         raise UserError(f'other={config.other!r} is the same as model={config.model!r}: give '
                         'another')
-    names = [label_of(subject.model) for subject in pair]
+    names = [label_of(subject.model.model_type, subject.model.config) for subject in pair]
     if names[0] == names[1]:
         names = [f'{name}, {subject.source}' for name, subject in zip(names, pair)]
     for name, subject in zip(names, pair):

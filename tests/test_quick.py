@@ -44,7 +44,7 @@ def test_what_it_leaves_behind(trained, data_dir):
     folder, out = trained
     results = json.loads((folder / 'results.json').read_text())
     assert results.keys() == {'mha', 'mla', 'settings'}
-    kinds = dict(params=int, attention_params=int, train_loss=float, val_loss=float,
+    kinds = dict(label=str, params=int, attention_params=int, train_loss=float, val_loss=float,
                  ms_per_iter=float, tokens_per_second=float, cache_bytes_per_token=int, sample=str)
     for name in ('mha', 'mla'):
         assert {k: type(v) for k, v in results[name].items()} == kinds
@@ -93,7 +93,7 @@ def test_the_picture_shows_the_curves(losses, tmp_path, monkeypatch):
                         lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
     history = [{'iter': i, 'train_loss': loss, 'val_loss': loss} for i, loss in enumerate(losses)]
     settings = dict(dataset='d', n_layer=1, n_embd=1, n_latent=1)
-    results = dict(mha={'val_loss': 1.0}, mla={'val_loss': 1.0})
+    results = {name: {'val_loss': 1.0, 'label': name.upper()} for name in ('mha', 'mla')}
     quick.draw_comparison(dict(mha=history, mla=history), results, settings, 'x')
     bottom, top = drawn[0].get_ylim()
     assert bottom < min(losses) < sorted(losses)[1] < top
@@ -117,6 +117,32 @@ def test_what_makes_no_comparison_is_refused(arg, data_dir, tmp_path, program):
     out_dir = tmp_path / 'quick'
     code, _, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={out_dir}', *SIZE, arg)
     assert code == 2 and 'the comparison' in err and not out_dir.exists()
+
+
+def test_a_family_is_compared_at_one_cache(data_dir, tmp_path, program):
+    """At the quick size: 4,096 bytes for MHA, a quarter of it for GQA and both kinds of MLA."""
+    names = ['mha', 'gqa', 'mla', 'mla_decoupled', 'mha_rotary', 'gqa_rotary', 'mla_rotary']
+    out_dir = tmp_path / 'family'
+    args = [f'--dataset={data_dir}', f'--out_dir={out_dir}', f'--models={",".join(names)}',
+            '--device=cpu', '--batch_size=2', '--eval_iters=1', '--max_iters=1']
+    code, out, err = program(quick.main, *args)
+    assert code == 0, err
+    results = json.loads((out_dir / 'results.json').read_text())
+    assert list(results) == [*names, 'settings']
+    sizes = {name: results[name]['cache_bytes_per_token'] for name in names}
+    assert sizes == {name: 4096 if 'mha' in name else 1024 for name in names}
+    assert 'val loss against MHA' in out and 'MLA decoupled' in out
+    for path in ('ckpt.pt', 'gqa/ckpt.pt', 'ckpt_mla.pt', 'mla_decoupled/ckpt_mla.pt'):
+        assert load_model(out_dir / path).model
+    assert load_model(out_dir / 'mla_decoupled').model.config.n_rotary == 16
+
+
+@pytest.mark.parametrize('names', ['mha', 'mha,mha', 'mha,mqa', 'mha,', ''])
+def test_models_that_are_none_are_named(names, data_dir, tmp_path, program):
+    out_dir = tmp_path / 'quick'
+    code, _, err = program(quick.main, f'--models={names}', f'--out_dir={out_dir}')
+    assert code == 2 and f'models={names!r} must be two or more of mha, gqa' in err
+    assert err.count('\n') == 1 and not out_dir.exists()
 
 
 def test_a_text_without_line_breaks_is_compared_too(tiny_args, tmp_path, program):

@@ -131,7 +131,7 @@ def test_turning_a_pair_alike_in_queries_and_keys_changes_no_number(name):
                                                            'those of distance 0')])
 def test_each_says_what_it_is_and_tables_say_which_part_they_are_about(name, label, words, note):
     model = member(name)
-    assert label_of(model) == label and words in describe(model)
+    assert label_of(model.model_type, model.config) == label and words in describe(model)
     for module in (composition, subspaces, spectrum, latent_directions):
         if module is latent_directions and label[:3] != 'MLA':
             continue
