@@ -2,23 +2,33 @@
 Turn a trained GPT into a GPT_MLA, whose keys and values come from a latent of n_latent numbers:
 
     python convert_mla.py out-shakespeare-char/ckpt.pt --n_latent=64 --out_dir=out_mla
+    python convert_mla.py out-shakespeare-char/ckpt.pt --cache_share=0.25 --heal_iters=200
 
 and train it on:
 
     python train_mla.py --init_from=resume --out_dir=out_mla
 
-The checkpoint has settings for that: TRAIN_ON and SCHEDULE. convert_mla.py needs a checkpoint of
-train.py, or GPT-2's weights, and preferably the data of its training.
+The checkpoint has settings for that: TRAIN_ON and SCHEDULE. --heal_iters does so at once, and
+prints how the loss falls. convert_mla.py needs a checkpoint of train.py, or GPT-2's weights, and
+preferably the data of its training.
 
-In each layer [k; v] = W x + b. D E takes the place of W (2 n_embd, n_embd): E (n_latent, n_embd)
-becomes the latent encoder, and the halves of D (2 n_embd, n_latent) become key and value. C is the
-covariance of x over a calibration text. E|W x - D E x|^2 is least where D holds the leading left
-singular vectors of W C^(1/2) and E = D^T W (Eckart and Young 1936).
+Keys and values of each layer become products of two factors of rank n_latent, which lose least over
+a calibration text: runtime/factors.py says how.
+
+--cache_share gives each layer a width of its own. The widths add up to that share of MHA's cache,
+and go one by one to the layer where the next singular value of W C^(1/2) is the largest part of
+what the layer has (after CARE, "Covariance-Aware and Rank-Enhanced Decomposition", 2026).
+
+A model with rotary='all' becomes one whose keys are rebuilt and turned for each token. With
+--rotary=decoupled its keys are split in two. Neighbouring frequencies, of all heads together, get
+one rotary key: their leading complex principal component, which turns by the first one's angle
+(after TransMLA, Meng et al. 2025). What is left of the keys turns no more and goes into the latent.
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from configurator import UserError, check_least, configure, run
 
@@ -26,13 +36,15 @@ import torch
 
 from evaluate import split_loss
 from model import GPT
-from model_mla import GPT_MLA, MLAConfig
-from models import describe
+from model_mla import GPT_MLA
+from models import cached_numbers, describe
 from runtime.checkpoint import checkpoint_path, save_checkpoint
 from runtime.dataset import draw_batch
 from runtime.device import pick_float64_device
+from runtime.factors import activation_moments, convert
 from runtime.loading import load_model
 from runtime.progress import progress_bar
+from train import TrainConfig, launch
 
 # for training on: the batches and AdamW of the model's own training where it says them, a third of
 # its learning rate, and 1,000 iterations
@@ -47,6 +59,12 @@ class ConvertConfig:
     model: str = ''  # a GPT's checkpoint, its out_dir, the directory of a Hugging Face GPT-2, or a
                      # name such as gpt2
     n_latent: int | None = None  # width of the latent, at most n_embd; None: n_embd // 2
+    cache_share: float | None = None  # in place of n_latent: the part of MHA's cache, 2 n_embd
+                                      # numbers a layer, that is left, with each layer's own width
+    rotary: Literal['as it is', 'decoupled'] = 'as it is'  # 'decoupled': of a model that has
+                                                           # rotary='all'
+    n_rotary: int | None = None  # of rotary='decoupled': divides head_dim; None: half of it
+    heal_iters: int = 0  # iterations to train on at once, by the settings of the checkpoint
     out_dir: str = 'out_mla'  # where ckpt_mla.pt goes
     dataset: str = ''  # calibration and val text, a folder as the trainer takes it; '': the one of
                        # the checkpoint
@@ -56,97 +74,19 @@ class ConvertConfig:
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
 
     def __post_init__(self):
-        check_least(self, calibration_tokens=0, val_tokens=2, seed=0)
+        check_least(self, calibration_tokens=0, val_tokens=2, seed=0, heal_iters=0)
         if self.n_latent is not None and self.n_latent < 1:
             raise ValueError(f'n_latent={self.n_latent} must be at least 1')
+        if self.cache_share is not None and self.n_latent is not None:
+            raise ValueError(f'cache_share={self.cache_share} and n_latent={self.n_latent} both '
+                             'say how large the latents are: give one of them')
+        if self.cache_share is not None and not 0 < self.cache_share <= 1:
+            raise ValueError(f'cache_share={self.cache_share} must be above 0 and at most 1')
+        if self.n_rotary is not None and self.rotary != 'decoupled':
+            raise ValueError(f'n_rotary={self.n_rotary} is for rotary=decoupled: give '
+                             '--rotary=decoupled, or leave it out')
         if not self.out_dir:
             raise ValueError('out_dir is empty: give a folder')
-
-
-@dataclass
-class Moments:
-    """The moments of x (n_embd), the input of a layer's attention, in float64."""
-    mean: torch.Tensor  # (n_embd,)
-    second: torch.Tensor  # (n_embd, n_embd), the mean of x x^T
-
-
-@torch.no_grad()
-def activation_moments(model, windows):
-    """Moments of the input of each layer's attention over windows of tokens, tensors (B, T)."""
-    totals = [Moments(0.0, 0.0) for _ in model.transformer.h]
-
-    def add_to(total):
-        def hook(attention, args):
-            x = args[0].flatten(0, 1).double()  # (B * T, n_embd)
-            total.mean = total.mean + x.sum(0)
-            total.second = total.second + x.T @ x
-        return hook
-    handles = [block.attn.register_forward_pre_hook(add_to(total))
-               for block, total in zip(model.transformer.h, totals)]
-    n = 0
-    for idx in windows:
-        model(idx)
-        n += idx.numel()
-    for handle in handles:
-        handle.remove()
-    return [Moments(total.mean / n, total.second / n) for total in totals]
-
-
-def low_rank(W, root, rank):
-    """D (n_out, rank) and E (rank, n_in) that minimise |(W - D E) root|, where root root^T = C.
-    They are the best approximation of W for inputs of covariance C. All in float64."""
-    D = torch.linalg.svd(W @ root, full_matrices=False).U[:, :rank]
-    return D, D.T @ W
-
-
-def factor(W, b, moments, rank):
-    """D, E, b that take the place of W (2 n_embd, n_embd) and b (2 n_embd) or None, of keys and
-    values, and the relative errors of keys, values and both. An error is the root mean square of
-    what is lost over that of what was there."""
-    n_embd = W.size(1)
-    mean = torch.zeros(n_embd, dtype=W.dtype, device=W.device)
-    covariance = torch.eye(n_embd, dtype=W.dtype, device=W.device)
-    if moments:
-        mean, covariance = moments.mean, moments.second
-        if b is not None:  # b takes over the mean, and the factors have the spread around it alone
-            covariance = covariance - mean.outer(mean)
-    spread, directions = torch.linalg.eigh(covariance)
-    if spread.max() <= 0:  # a text that never varies says nothing
-        spread = torch.ones_like(spread)
-    root = directions * spread.clamp_min(0).sqrt()
-    # Directions that the text never took count a little. So full rank loses nothing anywhere.
-    D, E = low_rank(W, directions * spread.clamp_min(1e-10 * spread.max()).sqrt(), rank)
-    lost = W - D @ E
-    if b is not None:
-        b = b + lost @ mean
-    errors = []
-    for part in (slice(0, n_embd), slice(n_embd, None), slice(None)):
-        errors.append(((lost[part] @ root).norm() / (W[part] @ root).norm()).item())
-    return D, E, b, errors
-
-
-def convert(model, n_latent, moments=None):
-    """A GPT_MLA that does nearly what the GPT model does, and the relative errors of its layers'
-    keys, values and both. moments are those of activation_moments. Without them all directions of
-    x count alike. At n_latent = n_embd, the most there can be, it does exactly the same."""
-    c = model.config
-    state, errors = dict(model.state_dict()), []
-    for i in range(c.n_layer):
-        prefix = f'transformer.h.{i}.attn.'
-        W = state.pop(prefix + 'c_attn.weight')  # (3 n_embd, n_embd)
-        b = state.pop(prefix + 'c_attn.bias', None)
-        b_kv = None if b is None else b[c.n_embd:].double()
-        D, E, b_kv, error = factor(W[c.n_embd:].double(), b_kv, moments and moments[i], n_latent)
-        errors.append(error)
-        new = {'query.weight': W[:c.n_embd], 'latent_enc.weight': E,
-               'key.weight': D[:c.n_embd], 'value.weight': D[c.n_embd:]}
-        if b is not None:
-            new |= {'query.bias': b[:c.n_embd], 'key.bias': b_kv[:c.n_embd],
-                    'value.bias': b_kv[c.n_embd:]}
-        for name, tensor in new.items():
-            state[prefix + name] = tensor.to(W.dtype, copy=True)
-    config = MLAConfig(**asdict(c), n_latent=n_latent)
-    return GPT_MLA.from_state_dict(config, state).eval(), errors
 
 
 def calibration_windows(data, block_size, config, device):
@@ -179,12 +119,41 @@ def settings_to_train_on(settings, dataset):
     return own | {'dataset': dataset}
 
 
-def print_errors(errors, weighing):
+def rotary_width(config, c):
+    """The n_rotary of the conversion of a model with the config c; 0 if none. Raises UserError."""
+    if config.rotary != 'decoupled':
+        return 0
+    if c.rotary != 'all':
+        raise UserError(f"rotary=decoupled is for a model with rotary='all', and "
+                        f'{config.model} has {c.rotary!r}: leave it out')
+    n_rotary = max(2, c.head_dim // 4 * 2) if config.n_rotary is None else config.n_rotary
+    if n_rotary < 2 or n_rotary % 2 or c.head_dim % n_rotary:
+        raise UserError(f'n_rotary={n_rotary} must be even and divide head_dim={c.head_dim}, so '
+                        'that it has every so many of its frequencies')
+    return n_rotary
+
+
+def print_errors(errors, mla, weighing):
     """A table of the relative errors of each layer."""
     print(f'\nrelative error, {weighing}\n')
-    print(f'{"layer":>7}{"keys":>10}{"values":>10}{"both":>10}')
+    print(f'{"layer":>7}{"latent":>8}{"keys":>10}{"values":>10}{"both":>10}')
     for layer, (keys, values, both) in enumerate(errors):
-        print(f'{layer:>7}{keys:>10.4f}{values:>10.4f}{both:>10.4f}')
+        width = mla.config.of_layer(layer).n_latent
+        print(f'{layer:>7}{width:>8}{keys:>10.4f}{values:>10.4f}{both:>10.4f}')
+
+
+def heal(config, settings):
+    """Train on for heal_iters iterations by the settings of the checkpoint, and print the val loss
+    on the way."""
+    n = config.heal_iters
+    own = {f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}
+    own |= dict(out_dir=config.out_dir, init_from='resume', device=config.device, max_iters=n,
+                lr_decay_iters=n, warmup_iters=max(1, n // 20), eval_interval=max(1, n // 8))
+    result = launch(GPT_MLA, TrainConfig(**own), {})
+    print(f'\nhealing, val loss in nats\n\n{"iteration":>11}{"val loss":>11}')
+    for row in result.history:
+        if 'val_loss' in row:
+            print(f'{row["iter"]:>11,}{row["val_loss"]:>11.4f}')
 
 
 def main():
@@ -201,21 +170,27 @@ def main():
     if type(model) is not GPT:
         raise UserError(f'{config.model} holds a {type(model).__name__}: only a GPT can be '
                         'converted')
-    n_latent = config.n_latent or max(1, model.config.n_embd // 2)
-    if n_latent > model.config.n_embd:
-        raise UserError(f'n_latent={n_latent} must be at most n_embd={model.config.n_embd}, which '
-                        'already keeps everything')
+    c = model.config
+    n_latent = config.n_latent or max(1, c.n_embd // 2)
+    if n_latent > c.n_embd:
+        raise UserError(f'n_latent={n_latent} must be at most n_embd={c.n_embd}, which already '
+                        'keeps everything')
+    n_rotary = rotary_width(config, c)
     data = open_text(config, trained)
+    if config.heal_iters and not data:
+        raise UserError(f'heal_iters={config.heal_iters} needs the data of the training: give '
+                        '--dataset=NAME')
 
     moments, weighing = None, 'of the weights alone, no text'
     if data and config.calibration_tokens:
-        windows = calibration_windows(data, model.config.block_size, config, device)
+        windows = calibration_windows(data, c.block_size, config, device)
         moments = activation_moments(model, windows)
         weighing = f'weighted by the activations of {data.name}'
-    mla, errors = convert(model, n_latent, moments)
+    mla, errors = convert(model, n_latent, moments, n_rotary, config.cache_share)
     print(describe(model))
     print(describe(mla))
-    print_errors(errors, weighing)
+    print(f'cache  {cached_numbers(mla):,} numbers per token, {cached_numbers(model):,} before')
+    print_errors(errors, mla, weighing)
     if data:
         before, after = (split_loss(m, data.val[:config.val_tokens]) for m in (model, mla))
         change = after / before - 1
@@ -229,6 +204,9 @@ def main():
     except OSError as e:
         raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror or e}): give '
                         'another') from None
+    if config.heal_iters:
+        heal(config, settings)
+        return
     named = '' if data else ' --dataset=NAME'
     print(f'saved {path}; train on with python train_mla.py --init_from=resume '
           f'--out_dir={config.out_dir}{named}')

@@ -4,8 +4,8 @@ import torch
 from conftest import CHARS, tiny_model
 
 from analysis.program import Subject
-from convert_mla import convert
 from model import GPT, GPTConfig
+from runtime.factors import convert
 from runtime.tokenizer import make_tokenizer
 
 N = 16  # tokens of the vocabulary, positions and numbers in a head of the induction model
