@@ -35,8 +35,10 @@ import numpy as np
 import torch
 
 from generate import DecodeStats, generate, new_cache
+from model import GPTConfig
 from model_k_ahead import HEADS, GPT_KAhead, KAheadConfig
-from models import MODELS, describe
+from model_mla import GPT_MLA, MLAConfig
+from models import MODELS, VARIANTS, describe, label_of
 from runtime.cpu_linear import use_cpu_linear
 from runtime.device import autocast, pick_compile, pick_device, pick_dtype
 from runtime.hugging_face import to_hugging_face
@@ -49,12 +51,21 @@ TEMPERATURE, TOP_K = 0.8, 200  # the sampler's defaults, for all
 Dtype = Literal['auto', 'float32', 'bfloat16', 'float16']
 
 
+def check_models(names):
+    """Raise ValueError for a name that is none of VARIANTS."""
+    if names and not set(names.split(',')) <= VARIANTS.keys():
+        raise ValueError(f'models={names!r} must be some of {", ".join(VARIANTS)}, with commas '
+                         'between them')
+
+
 @dataclass
 class DecodeConfig:
     contexts: str = '1,500,1000'  # lengths of the prompts, in tokens
     new_tokens: int = 64  # to decode after each prompt, fewer where block_size leaves less room
     batch_size: int = 1  # sequences side by side
     rounds: int = 3  # times that each model is measured, in turn; the median counts
+    models: str = ''  # some of mha, gqa, mla, mla_decoupled, mha_rotary, gqa_rotary, mla_rotary,
+                      # with commas; '': all
     against: str = ''  # a nanoGPT checkout, 'transformers', or both with a comma between them
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     dtype: Dtype = 'auto'  # of weights and cache; 'auto': bfloat16 on a GPU
@@ -63,12 +74,15 @@ class DecodeConfig:
 
     def __post_init__(self):
         check_least(self, new_tokens=2, batch_size=1, rounds=1, seed=0)
+        check_models(self.models)
 
 
 @dataclass
 class StepConfig:
     batch_size: int = 1  # sequences of block_size tokens in a step
     steps: int = 3  # that are measured, after a first one
+    models: str = ''  # some of mha, gqa, mla, mla_decoupled, mha_rotary, gqa_rotary, mla_rotary,
+                      # with commas; '': all, and k-ahead
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
     dtype: Dtype = 'auto'  # of autocast; 'auto': bfloat16 on a GPU
     compile: bool = False  # torch.compile
@@ -77,6 +91,7 @@ class StepConfig:
 
     def __post_init__(self):
         check_least(self, batch_size=1, steps=1, seed=0)
+        check_models(self.models)
 
 
 @dataclass
@@ -153,6 +168,27 @@ def build_config(model_class, given, **more):
     return build(model_class.config_class, settings | more)
 
 
+def variants(given, names):
+    """[(label, model class, config)] of the VARIANTS with these names, or of all and every other
+    attention in the registry. given are keys of the models. Raises UserError."""
+    for key in ('rotary', 'n_rotary', 'n_kv_head'):
+        if key in given:
+            raise UserError(f'{key}={given[key]!r} is what the variants differ in: leave it out, '
+                            'and choose among them with --models')
+    shape, found = build_config(GPT_MLA, given), []
+    for name in names.split(',') if names else VARIANTS:
+        model_type, _, settings = VARIANTS[name]
+        model_class = MODELS[model_type].model_class
+        config = build_config(model_class, given, **settings(shape))
+        found.append((label_of(model_type, config), model_class, config))
+    known = {variant.model_type for variant in VARIANTS.values()}
+    for entry in attention_entries():
+        if not names and entry.model_class.model_type not in known:
+            config = build_config(entry.model_class, given)
+            found.append((entry.label, entry.model_class, config))
+    return found
+
+
 @dataclass
 class Contender:
     name: str
@@ -180,30 +216,30 @@ class Trial:
 def decode(argv):
     """
     Measure how fast models decode: seconds until the first token, tokens per second after it, and
-    the size of the cache. Every attention of models.py is measured, with random weights of a given
-    shape (default: GPT-2's 124 M). The speed of a k-ahead model depends on how well it was trained:
-    bench.py k-ahead measures that.
+    the size of the cache. Every variant and attention of models.py is measured, with random weights
+    of a given shape (default: GPT-2's 124 M, 4 GB for all). The speed of a k-ahead model depends on
+    how well it was trained: bench.py k-ahead measures that.
 
         python bench.py decode
         python bench.py decode --contexts=1 --against=../nanoGPT,transformers
         python bench.py decode --dtype=bfloat16 --batch_size=8 --json
+        python bench.py decode --models=mha,gqa,mla
 
     It needs no data and no network. --against adds a nanoGPT checkout and the package transformers,
-    with the weights of the MHA model.
+    with the weights of the first model.
     """
-    entries = attention_entries()
-    config, given = configure(argv, DecodeConfig, keys_of(entries))
-    shapes = [build_config(entry.model_class, given) for entry in entries]  # the models' configs
+    config, given = configure(argv, DecodeConfig, keys_of(attention_entries()))
+    measured = variants(given, config.models)
+    shapes = [model_config for _, _, model_config in measured]
     block_size, vocab_size = shapes[0].block_size, shapes[0].vocab_size
     contexts = read_contexts(config.contexts, block_size)
     device, device_type = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device_type)
     torch.set_float32_matmul_precision('high')
     torch.manual_seed(config.seed)
-    models = [entry.model_class(shape).to(device, dtype).eval()
-              for entry, shape in zip(entries, shapes)]
-    contenders = [our_contender(entry.label, use_cpu_linear(model), config)
-                  for entry, model in zip(entries, models)]
+    models = [model_class(shape).to(device, dtype).eval() for _, model_class, shape in measured]
+    contenders = [our_contender(label, use_cpu_linear(model), config)
+                  for (label, *_), model in zip(measured, models)]
     for name in filter(None, config.against.split(',')):
         if name == 'transformers':
             contenders.append(transformers_contender(models[0]))
@@ -228,7 +264,7 @@ def decode(argv):
         settings = asdict(config)
         for shape in shapes:
             settings |= asdict(shape)
-        print(json.dumps({'rows': rows, 'settings': settings | machine}, indent=2))
+        print(json.dumps({'rows': rows, 'settings': settings | given | machine}, indent=2))
         return
     print('\n'.join(map(describe, models)))
     print(f'{conditions(config, dtype, machine)}; median of {config.rounds}\n')
@@ -314,22 +350,23 @@ def time_decoding(contender, idx, n):
 
 
 def print_decode_table(rows):
+    against = f'against {rows[0]["model"]}'
     print(f'{"context":>8}{"new":>6}  {"model":<14}{"first token":>12}{"tokens/s":>10}'
-          f'{"against MHA":>13}{"cache":>12}')
+          f'{against:>22}{"cache":>12}')
     for row in rows:
-        mha = next(r for r in rows if r['context'] == row['context'])
-        ratio = row['tokens_per_second'] / mha['tokens_per_second']
+        first = next(r for r in rows if r['context'] == row['context'])
+        ratio = row['tokens_per_second'] / first['tokens_per_second']
         cache = '' if row['cache_bytes'] is None else f'{row["cache_bytes"] / 1e6:.2f} MB'
         print(f'{row["context"]:>8}{row["new_tokens"]:>6}  {row["model"]:<14}'
               f'{row["first_token_seconds"] * 1e3:>9.0f} ms{row["tokens_per_second"]:>10.1f}'
-              f'{ratio:>12.2f}x{cache:>12}')
+              f'{ratio:>21.2f}x{cache:>12}')
 
 
 def train(argv):
     """
-    Measure a training step: milliseconds, tokens per second and peak memory. Every model of
-    models.py is measured, k-ahead with each kind of head, with random weights of a given shape
-    (default: GPT-2's 124 M) and random tokens.
+    Measure a training step: milliseconds, tokens per second and peak memory. Every variant and
+    model of models.py is measured, k-ahead with each kind of head, with random weights of a given
+    shape (default: GPT-2's 124 M) and random tokens.
 
         python bench.py train --batch_size=1
         python bench.py train --n_layer=6 --n_embd=384 --n_head=6 --block_size=256 --steps=10
@@ -338,7 +375,7 @@ def train(argv):
     process of its own, one after the other.
     """
     config, given = configure(argv, StepConfig, keys_of(MODELS.values()))
-    contenders = step_contenders(given)
+    contenders = step_contenders(given, config.models)
     device, device_type = pick_device(config.device)
     if note := pick_compile(config.compile, device)[1]:
         raise UserError(f'compile=True: {note.split(": it goes")[0]}: leave it out')
@@ -361,19 +398,23 @@ def train(argv):
     print('\n'.join(row['description'] for row in rows))
     dtype, compiled = pick_dtype(config.dtype, device_type), ', compiled' if config.compile else ''
     print(f'{conditions(config, dtype, machine)}{compiled}; median of {config.steps}\n')
-    print(f'{"model":<24}{"ms per step":>12}{"tokens/s":>10}{"peak memory":>14}{"against MHA":>13}')
+    against = f'against {rows[0]["model"]}'
+    print(f'{"model":<24}{"ms per step":>12}{"tokens/s":>10}{"peak memory":>14}{against:>22}')
     for row in rows:
         print(f'{row["model"]:<24}{row["ms_per_step"]:>12,.0f}{row["tokens_per_second"]:>10,.0f}'
               f'{row["peak_bytes"] / 1e6:>11,.0f} MB'
-              f'{row["peak_bytes"] / rows[0]["peak_bytes"]:>12.2f}x')
+              f'{row["peak_bytes"] / rows[0]["peak_bytes"]:>21.2f}x')
 
 
-def step_contenders(given):
-    """[(name, model class, config)] of every attention, and of k-ahead with every kind of head."""
-    contenders = [(entry.label, entry.model_class, build_config(entry.model_class, given))
-                  for entry in attention_entries()]
-    if given.get('attention') != 'mla':  # n_latent is then MLA's alone
-        given = {key: value for key, value in given.items() if key != 'n_latent'}
+def step_contenders(given, names=''):
+    """[(name, model class, config)] as variants() has them and, where no names were given, of
+    k-ahead with every kind of head."""
+    contenders = variants(given, names)
+    if names:
+        return contenders
+    if given.get('attention') != 'mla':  # what only MLA has is then not for the heads
+        of_mla = {f.name for f in fields(MLAConfig)} - {f.name for f in fields(GPTConfig)}
+        given = {key: value for key, value in given.items() if key not in of_mla}
     contenders.append(('k-ahead', GPT_KAhead, build_config(GPT_KAhead, given)))
     for head in HEADS:
         if head != KAheadConfig.head:

@@ -9,7 +9,7 @@ from conftest import CHARS, tiny_model
 import bench
 from model import GPT, GPTConfig
 from model_k_ahead import GPT_KAhead
-from models import MODELS, Entry
+from models import MODELS, VARIANTS, Entry
 from runtime.checkpoint import save_checkpoint
 from runtime.tokenizer import gpt2_encoding, make_tokenizer
 
@@ -51,7 +51,8 @@ def test_decode_measures_all_in_one_run(tmp_path, program):
     assert code == 0, err
     report = json.loads(out)
     rows = {(row['context'], row['model']): row for row in report['rows']}
-    names = ('MHA', 'MLA', 'nanoGPT', 'transformers')
+    names = ('MHA', 'GQA', 'MLA', 'MLA decoupled', 'MHA rotary', 'GQA rotary', 'MLA rotary',
+             'nanoGPT', 'transformers')
     assert set(rows) == {(n, name) for n in (1, 20) for name in names}
     for row in rows.values():
         assert row['tokens_per_second'] > 0 and row['first_token_seconds'] > 0
@@ -60,13 +61,17 @@ def test_decode_measures_all_in_one_run(tmp_path, program):
     for n, length in ((1, 16), (20, 32)):
         # layers, rows, tokens, k and v, n_embd, bytes
         assert rows[n, 'MHA']['cache_bytes'] == 2 * 3 * length * 2 * 16 * 4
-        assert rows[n, 'MLA']['cache_bytes'] * 4 == rows[n, 'MHA']['cache_bytes']
+        for label in ('MLA', 'MLA decoupled', 'MLA rotary'):
+            assert rows[n, label]['cache_bytes'] * 4 == rows[n, 'MHA']['cache_bytes']
+        # two heads: one of keys and values is the least
+        assert rows[n, 'GQA']['cache_bytes'] * 2 == rows[n, 'MHA']['cache_bytes']
         assert rows[n, 'nanoGPT']['cache_bytes'] is None
     assert report['settings']['n_latent'] == 8
 
 
 def test_decode_prints_a_table(program):
-    code, out, err = program(bench.main, *TINY, '--new_tokens=3', '--dtype=bfloat16')
+    code, out, err = program(bench.main, *TINY, '--new_tokens=3', '--dtype=bfloat16',
+                             '--models=mha,mla')
     assert code == 0 and 'bfloat16' in out and out.count('MLA') == 2, err
     assert ' MHA ' in out and '1.00x' in out and '0.00 MB' in out
 
@@ -83,10 +88,20 @@ def test_a_new_attention_is_measured_once_it_is_in_the_registry(program, monkeyp
     code, out, err = program(bench.main, *TINY, '--new_tokens=3', '--n_toys=2', '--json')
     assert code == 0, err
     report = json.loads(out)
-    assert [row['model'] for row in report['rows']] == ['MHA', 'MLA', 'Toy']
+    known = ['MHA', 'GQA', 'MLA', 'MLA decoupled', 'MHA rotary', 'GQA rotary', 'MLA rotary']
+    assert [row['model'] for row in report['rows']] == [*known, 'Toy']
     assert report['settings']['n_toys'] == 2 and report['settings']['n_latent'] == 8
     names = [name for name, *_ in bench.step_contenders({'n_toys': 3})]
-    assert names == ['MHA', 'MLA', 'Toy', 'k-ahead', 'k-ahead, linear heads']
+    assert names == [*known, 'Toy', 'k-ahead', 'k-ahead, linear heads']
+
+
+@pytest.mark.parametrize('option, words', [
+    ('--models=mha,mqa', "models='mha,mqa' must be some of mha, gqa"),
+    ('--rotary=all', "rotary='all' is what the variants differ in")])
+def test_variants_are_chosen_by_name(option, words, program):
+    for command in ('decode', 'train'):
+        code, _, err = program(bench.main, command, *TINY[1:-2], option)
+        assert code == 2 and words in err and err.count('\n') == 1, err
 
 
 def test_prepare_counts_tokens_and_names_what_is_missing(program, tmp_path):
@@ -103,10 +118,11 @@ def test_prepare_counts_tokens_and_names_what_is_missing(program, tmp_path):
         assert code == 2 and err.count('\n') == 1 and args[0].split('=')[1] in err
 
 
-def test_train_shows_that_four_heads_need_hardly_more_memory(program):
+def test_train_shows_that_four_heads_need_hardly_more_memory(program, monkeypatch):
     """With logits of 67 MB, which four heads at once would make 268."""
     args = ['train', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=256',
             '--vocab_size=16384', '--batch_size=4', '--device=cpu', '--steps=1', '--json']
+    monkeypatch.setattr(bench, 'VARIANTS', {key: VARIANTS[key] for key in ('mha', 'mla')})
     code, out, err = program(bench.main, *args)
     assert code == 0, err
     rows = {row['model']: row for row in json.loads(out)['rows']}
