@@ -1,8 +1,12 @@
 """Every attention of the family: rotary positions, groups of heads, latents with norms."""
 
+import re
+
+import configurator
+
 import pytest
 import torch
-from conftest import CHARS, tiny_model
+from conftest import CHARS, ROOT, tiny_model
 from family import EACH, FAMILY, member
 
 import train
@@ -11,6 +15,7 @@ from model import GPT, rotate
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 from runtime.checkpoint import build_model, read_checkpoint, save_checkpoint
+from runtime.hugging_face import form_of
 from runtime.tokenizer import make_tokenizer
 
 
@@ -224,3 +229,22 @@ def test_they_are_trained_resumed_and_reported(name, program, tiny_args, tmp_pat
     without = [arg for arg in tiny_args if not arg.startswith('--n_')]
     code, out, err = program(main, *without, '--init_from=resume', '--max_iters=8')
     assert code == 0, err
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('train_*.py')), ids=lambda p: p.name)
+def test_every_config_trains_the_model_that_it_names(path):
+    """The program in its first comment takes it, and no key is one that the model refuses."""
+    command = re.search(r'(train\w*\.py) config/' + path.name, path.read_text() + 'train.py config/'
+                        + path.name)
+    model_class = {'train.py': GPT, 'train_mla.py': GPT_MLA, 'train_k_ahead.py': GPT_KAhead}[
+        command[1]]
+    _, settings = configurator.configure([str(path)], train.TrainConfig, model_class.config_class,
+                                         bias=False)
+    config = model_class.config_class(**settings)
+    assert config.n_embd % config.n_head == 0
+    if 'deepseek' in path.name:
+        assert form_of(config) == 'deepseek_v3'
+    if 'gqa' in path.name:
+        assert config.n_kv_head < config.n_head
+    if 'decoupled' in path.name or path.name == 'train_gpt2_mla_deepseek.py':
+        assert config.n_latent + config.n_rotary == config.n_embd // 2
