@@ -8,17 +8,17 @@ from matplotlib.patches import FancyBboxPatch
 GREY, BLUE, ORANGE, GREEN = '#eeeeee', '#cfe2f3', '#f9cb9c', '#d9ead3'
 
 
-def box(ax, x, y, text, color, width=1.5, bold=False):
+def box(ax, x, y, text, color, width=1.5, bold=False, style='solid'):
     edge, line = ('#b45f06', 2.5) if bold else ('#666666', 1)
     ax.add_patch(FancyBboxPatch((x - width / 2, y - 0.3), width, 0.6, facecolor=color,
                                 boxstyle='round,pad=0.02,rounding_size=0.1', edgecolor=edge,
-                                linewidth=line))
+                                linewidth=line, linestyle=style))
     ax.text(x, y, text, ha='center', va='center', fontsize=10)
 
 
-def arrow(ax, start, end, label='', side=0.12):
+def arrow(ax, start, end, label='', side=0.12, style='solid'):
     ax.annotate('', end, start, arrowprops=dict(arrowstyle='-|>', color='#444444', linewidth=1.2,
-                                                shrinkA=0, shrinkB=0))
+                                                shrinkA=0, shrinkB=0, linestyle=style))
     if label:
         x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
         ax.text(x + side, y, label, fontsize=10, va='center', ha='left' if side > 0 else 'right',
@@ -35,10 +35,13 @@ def column(ax, title, latent):
         GREY, width=5.6)
     arrow(ax, (1, bottom + 0.32), (1, keys - 0.32), '$W_Q$')
     if latent:
-        box(ax, 4, c, '$c$: n_latent', ORANGE, width=1.7, bold=True)
-        arrow(ax, (4, bottom + 0.32), (4, c - 0.32), '$W_E$  (latent_enc)')
-        arrow(ax, (3.8, c + 0.32), (3, keys - 0.32), '$W_K$', side=-0.15)
-        arrow(ax, (4.2, c + 0.32), (5, keys - 0.32), '$W_V$', side=0.15)
+        box(ax, 4.3, c, '$c$: n_latent', ORANGE, width=1.6, bold=True)
+        arrow(ax, (4.3, bottom + 0.32), (4.3, c - 0.32), '$W_E$  (latent_enc)')
+        arrow(ax, (4.1, c + 0.32), (3.2, keys - 0.32), '$W_K$', side=0.12)
+        arrow(ax, (4.5, c + 0.32), (5, keys - 0.32), '$W_V$', side=0.15)
+        box(ax, 2.45, c, '$r$: n_rotary', ORANGE, width=1.5, bold=True, style='dashed')
+        arrow(ax, (2.45, bottom + 0.32), (2.45, c - 0.32), 'turned by\nposition', style='dashed')
+        arrow(ax, (2.55, c + 0.32), (2.85, keys - 0.32), style='dashed')
     else:
         arrow(ax, (3, bottom + 0.32), (3, keys - 0.32), '$W_K$')
         arrow(ax, (5, bottom + 0.32), (5, keys - 0.32), '$W_V$')
@@ -54,8 +57,9 @@ def main():
     left, right = figure.subplots(1, 2)
     column(left, 'MHA: every head reads its keys and values from $x$\n'
                  'cache: $k$ and $v$, 2 n_embd numbers per token and layer', latent=False)
-    column(right, 'MLA: all heads read keys and values from one latent $c$\n'
-                  'cache: $c$ alone, n_latent numbers per token and layer', latent=True)
+    column(right, 'MLA: all heads read keys and values from one latent $c$. Dashed: with\n'
+                  "rotary='decoupled' a rotary key $r$ of all heads. Cache: $c$ (and $r$)",
+           latent=True)
     figure.suptitle('Orange with bold outline: what decoding has to remember of each token. At '
                     'n_latent = n_embd / 2, MLA remembers a quarter of what MHA does.', fontsize=11)
     figure.savefig(Path(__file__).parent / 'mla_diagram.png', dpi=120)
