@@ -248,3 +248,23 @@ def test_every_config_trains_the_model_that_it_names(path):
         assert config.n_kv_head < config.n_head
     if 'decoupled' in path.name or path.name == 'train_gpt2_mla_deepseek.py':
         assert config.n_latent + config.n_rotary == config.n_embd // 2
+
+
+@EACH
+def test_in_half_precision(name):
+    """Under autocast, as in training, and with weights and cache in bfloat16, as in decoding."""
+    model = member(name)
+    idx = torch.randint(14, (3, 16))
+    with torch.no_grad():
+        wanted = model(idx, idx)[0]
+    with torch.amp.autocast('cpu', torch.bfloat16):
+        logits, loss = model(idx, idx)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert (logits - wanted).float().std() / wanted.std() < 0.05
+    with torch.no_grad():
+        model.bfloat16()
+        cache, logits = new_cache(model, 3, 16), []
+        for part in idx.split([9, 1, 1, 5], dim=1):
+            logits.append(model(part, part, cache=cache)[0])
+        assert (torch.cat(logits, 1).float() - wanted).std() / wanted.std() < 0.05

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_metrics, without_times
+from family import DEEPSEEK
 from test_faults import assert_same_end, end_state, start, wait_for
 
 import train as trainer
@@ -25,6 +26,7 @@ from runtime.parallel import Processes
 from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures('no_picture')
+OF_DEEPSEEK = [f'--{key}={value}' for key, value in DEEPSEEK.items()]
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 ENV = os.environ | {'OMP_NUM_THREADS': '1'}
 
@@ -61,9 +63,11 @@ def losses(out_dir):
             for key, value in row.items() if key.endswith('loss')]
 
 
-@pytest.mark.parametrize('model_class', [GPT_MLA, GPT_KAhead])
-def test_two_processes_see_what_one_sees(model_class, tiny_args, tmp_path, program):
-    args = tiny_args + ['--gradient_accumulation_steps=4', '--dropout=0.1', '--eval_iters=3']
+@pytest.mark.parametrize('model_class, options', [
+    (GPT_MLA, []), (GPT_MLA, OF_DEEPSEEK), (GPT_KAhead, ['--rotary=all', '--n_kv_head=1'])])
+def test_two_processes_see_what_one_sees(model_class, options, tiny_args, tmp_path, program):
+    args = [*tiny_args, '--gradient_accumulation_steps=4', '--dropout=0.1', '--eval_iters=3',
+            *options]
     assert program(lambda: trainer.main(model_class), *args)[0] == 0
     two_processes([*args, f'--out_dir={tmp_path / "two"}'], model_class)
     rows = [without_times(read_metrics(tmp_path / name)) for name in ('out', 'two')]
@@ -127,7 +131,8 @@ def test_every_process_evaluates_its_share(data_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('model_class, script, options', [
-    (GPT_MLA, 'train_mla.py', []), (GPT_KAhead, 'train_k_ahead.py', ['--head=linear'])])
+    (GPT_MLA, 'train_mla.py', OF_DEEPSEEK), (GPT, 'train.py', ['--n_kv_head=1', '--rotary=all']),
+    (GPT_KAhead, 'train_k_ahead.py', ['--head=linear'])])
 def test_sharded_it_is_the_same_run_and_its_checkpoints_need_no_shards(model_class, script, options,
                                                                        args, tmp_path, program):
     one, two = ([*args, *options, f'--out_dir={tmp_path / name}'] for name in ('one', 'two'))

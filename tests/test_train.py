@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALL, ROOT, read_metrics, without_times
+from family import DEEPSEEK
 
 import train as trainer
 from evaluate import split_loss
@@ -225,11 +226,13 @@ def test_the_best_val_loss_outlives_a_resume(tiny_args, tmp_path, program):
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler on a CPU')
-@pytest.mark.parametrize('model_class', [GPT_MLA, GPT_KAhead])
-def test_a_compiled_model_learns_the_same(model_class, tiny_args, tmp_path, program):
-    losses = []
+@pytest.mark.parametrize('model_class, settings', [
+    (GPT_MLA, DEEPSEEK | dict(mlp='gated')), (GPT, dict(n_kv_head=1, rotary='all')),
+    (GPT_KAhead, {})])
+def test_a_compiled_model_learns_the_same(model_class, settings, tiny_args, tmp_path, program):
+    losses, own = [], [f'--{key}={value}' for key, value in settings.items()]
     for switch in ('False', 'True'):
-        args = tiny_args + [f'--compile={switch}', f'--out_dir={tmp_path / switch}']
+        args = [*tiny_args, *own, f'--compile={switch}', f'--out_dir={tmp_path / switch}']
         assert program(lambda: trainer.main(model_class), *args)[0] == 0
         losses.append([[value for key, value in row.items() if key.startswith('loss')]
                        for row in read_metrics(tmp_path / switch) if 'loss' in row])
