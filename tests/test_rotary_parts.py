@@ -5,15 +5,29 @@ import numpy as np
 import pytest
 import torch
 from analysis_models import subject
-from conftest import tiny_model
+from conftest import CHARS, tiny_model
 from family import FAMILY, member
 from test_circuits import analysed, close
 
-from analysis import circuits, composition, copying, latent_directions, spectrum, subspaces
+import evaluate
+import runs
+import sample
+import visualize_residual_space_gpt2 as visualize
+from analysis import (
+    circuits,
+    composition,
+    copying,
+    latent_directions,
+    report,
+    spectrum,
+    subspaces,
+)
 from analysis.record import record
 from generate import generate
 from model_mla import GPT_MLA
 from models import describe, label_of
+from runtime.checkpoint import save_checkpoint
+from runtime.tokenizer import make_tokenizer
 
 ROTARY = [name for name, (_, settings) in FAMILY.items() if 'rotary' in settings]
 LINEAR = [name for name, (_, settings) in FAMILY.items() if 'latent_norm' not in settings]
@@ -174,3 +188,30 @@ def test_past_the_context_slide_is_exact_and_drop_goes_on(name):
     assert torch.equal(slid, wanted)
     dropped = generate(model, idx, 40, 14, temperature=0, past_context='drop')
     assert dropped.shape == (1, 45) and torch.equal(dropped[:, :17], wanted[:, :17])
+
+
+@pytest.mark.parametrize('one, two', [('gqa, rotary', 'deepseek'),
+                                      ('mha, attention only', 'mla, a latent for each layer'),
+                                      ('mla, rotary', 'mla, decoupled')])
+def test_all_that_reads_a_model_reads_the_family(one, two, data_dir, tmp_path, program,
+                                                 monkeypatch):
+    """Report, residual stream, evaluation and the list of runs."""
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda _, path, dpi: path.touch())
+    paths = []
+    for name, file in ((one, 'a.pt'), (two, 'b.pt')):
+        model = member(name, block_size=24)
+        paths.append(tmp_path / file)
+        save_checkpoint(paths[-1], model, make_tokenizer(CHARS), {'dataset': str(data_dir)}, 1)
+    monkeypatch.setattr(report, 'section', lambda *args: '')  # which reads the pictures
+    code, out, err = program(report.main, *paths, f'--out_dir={tmp_path / "report"}')
+    assert code == 0, err
+    left_out = [line for line in out.splitlines() if 'left out' in line]
+    without_latent = 'mla' not in one
+    wanted = {'ioi: left out'} | ({'latent_directions: left out'} if without_latent else set())
+    assert {line[:line.index(' out') + 4] for line in left_out} == wanted, left_out
+    for main, *args in ((evaluate.main, '--max_tokens=200'), (runs.main,),
+                        (sample.main, '--num_samples=1', '--max_new_tokens=40', '--device=cpu'),
+                        (visualize.main, '--prompt=abcabc', f'--out_dir={tmp_path / "stream"}')):
+        for path in paths:
+            code, _, err = program(main, path, *args)
+            assert code == 0, err
