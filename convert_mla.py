@@ -15,14 +15,15 @@ preferably the data of its training.
 Keys and values of each layer become products of two factors of rank n_latent, which lose least over
 a calibration text: runtime/factors.py says how.
 
---cache_share gives each layer a width of its own. The widths add up to that share of MHA's cache,
-and go one by one to the layer where the next singular value of W C^(1/2) is the largest part of
-what the layer has (after CARE, "Covariance-Aware and Rank-Enhanced Decomposition", 2026).
+--cache_share gives each layer a width of its own (as CARE does, "Covariance-Aware and Rank-Enhanced
+Decomposition", 2026). The widths add up to that share of MHA's cache, so that each layer loses the
+same part of its keys and values.
 
 A model with rotary='all' becomes one whose keys are rebuilt and turned for each token. With
---rotary=decoupled its keys are split in two. Neighbouring frequencies, of all heads together, get
-one rotary key: their leading complex principal component, which turns by the first one's angle
-(after TransMLA, Meng et al. 2025). What is left of the keys turns no more and goes into the latent.
+--rotary=decoupled its keys are split in two (as TransMLA does, Meng et al. 2025). Of each of the
+n_rotary / 2 fastest frequencies, the leading complex principal component of the keys of all heads
+becomes the shared rotary key. The rest turns no more and goes into the latent, as it is on average
+over the distances at which the head looks in the calibration text.
 """
 
 import sys
@@ -63,7 +64,7 @@ class ConvertConfig:
                                       # numbers a layer, that is left, with each layer's own width
     rotary: Literal['as it is', 'decoupled'] = 'as it is'  # 'decoupled': of a model that has
                                                            # rotary='all'
-    n_rotary: int | None = None  # of rotary='decoupled': divides head_dim; None: half of it
+    n_rotary: int | None = None  # of rotary='decoupled': at most head_dim; None: half of it
     heal_iters: int = 0  # iterations to train on at once, by the settings of the checkpoint
     out_dir: str = 'out_mla'  # where ckpt_mla.pt goes
     dataset: str = ''  # calibration and val text, a folder as the trainer takes it; '': the one of
@@ -127,9 +128,8 @@ def rotary_width(config, c):
         raise UserError(f"rotary=decoupled is for a model with rotary='all', and "
                         f'{config.model} has {c.rotary!r}: leave it out')
     n_rotary = max(2, c.head_dim // 4 * 2) if config.n_rotary is None else config.n_rotary
-    if n_rotary < 2 or n_rotary % 2 or c.head_dim % n_rotary:
-        raise UserError(f'n_rotary={n_rotary} must be even and divide head_dim={c.head_dim}, so '
-                        'that it has every so many of its frequencies')
+    if n_rotary % 2 or not 2 <= n_rotary <= c.head_dim:
+        raise UserError(f'n_rotary={n_rotary} must be even, from 2 to head_dim={c.head_dim}')
     return n_rotary
 
 

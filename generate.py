@@ -131,10 +131,10 @@ def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top
     rows have. generators, one torch.Generator a row, make a row's draws independent of the others'.
 
     The model sees the last block_size tokens. Once there are more, every token has another position
-    at every step, and all that is cached is stale. With rotary positions it is too, but in a first
-    layer: the others have read tokens that have left the window. past_context='slide' reads the whole window anew
-    for every token, as nanoGPT does. 'drop' forgets the older half of it, reads the rest and goes
-    on from the cache, which gives another text.
+    at every step, and all that is cached is stale. With rotary positions it is too, but in the
+    first layer: the others have read tokens that have left the window. past_context='slide' reads
+    the whole window anew for every token, as nanoGPT does. 'drop' forgets the older half of it,
+    reads the rest and goes on from the cache, which gives another text.
 
     A model of several heads decodes with all of them, unless speculative is False: see speculate.
     stats, a DecodeStats, counts the tokens of each pass.

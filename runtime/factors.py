@@ -7,7 +7,7 @@ covariance of x over a calibration text. E|W x - D E x|^2 is least where D holds
 singular vectors of W C^(1/2) and E = D^T W (Eckart and Young 1936).
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from configurator import UserError
 
@@ -18,21 +18,26 @@ from model_mla import GPT_MLA, MLAConfig
 
 @dataclass
 class Moments:
-    """The moments of x (n_embd), the input of a layer's attention, in float64."""
+    """The moments of x (n_embd), the input of a layer's attention, in float64, and how far back its
+    heads look."""
     mean: torch.Tensor  # (n_embd,)
     second: torch.Tensor  # (n_embd, n_embd), the mean of x x^T
+    attended: torch.Tensor | None = None  # (n_head, T) share of each head's attention at each
+                                          # distance, of rotary positions
 
 
 @torch.no_grad()
 def activation_moments(model, windows):
     """Moments of the input of each layer's attention over windows of tokens, tensors (B, T)."""
-    totals = [Moments(0.0, 0.0) for _ in model.transformer.h]
+    totals = [Moments(0.0, 0.0, 0.0) for _ in model.transformer.h]
 
     def add_to(total):
         def hook(attention, args):
             x = args[0].flatten(0, 1).double()  # (B * T, n_embd)
             total.mean = total.mean + x.sum(0)
             total.second = total.second + x.T @ x
+            if model.config.rotary == 'all':
+                total.attended = total.attended + attention_by_distance(attention, args[0])
         return hook
     handles = [block.attn.register_forward_pre_hook(add_to(total))
                for block, total in zip(model.transformer.h, totals)]
@@ -42,7 +47,21 @@ def activation_moments(model, windows):
         n += idx.numel()
     for handle in handles:
         handle.remove()
-    return [Moments(total.mean / n, total.second / n) for total in totals]
+    return [Moments(total.mean / n, total.second / n,
+                    total.attended / n if model.config.rotary == 'all' else None)
+            for total in totals]
+
+
+def attention_by_distance(attention, x):
+    """The attention of each head to what is so many tokens back, summed over all tokens of
+    x (B, T, n_embd): (n_head, T)"""
+    q, k, _ = attention.heads(x)
+    T, width = q.shape[-2:]
+    position = torch.arange(T, device=x.device)
+    distance = position[:, None] - position  # (T, T)
+    scores = (q @ k.mT * width ** -0.5).masked_fill(distance < 0, -torch.inf)
+    pattern = scores.softmax(-1).sum(0).double().flatten(1)  # (n_head, T * T)
+    return pattern.new_zeros(len(pattern), T).index_add(1, distance.clamp(min=0).flatten(), pattern)
 
 
 @dataclass
@@ -71,40 +90,54 @@ def maps_of(model, layer):
     return Maps(query, query_bias, kv, kv_bias, kv.new_zeros(0, c.n_embd))
 
 
-def decouple(maps, n_head, n_rotary, covariance):
+def as_complex(W, n_head):
+    """The pairs that turn of the weight W (n_head * head_dim, n) as complex numbers:
+    (n_head, head_dim / 2, n)"""
+    real, imaginary = W.unflatten(0, (n_head, 2, -1)).unbind(1)
+    return torch.complex(real, imaginary)
+
+
+def as_real(W):
+    """(n_head, pairs, n) of complex numbers -> (n_head, 2 * pairs, n)"""
+    return torch.cat((W.real, W.imag), dim=1)
+
+
+def mean_turn(attended, head_dim, base):
+    """What a key that turns is worth on average, as a factor (n_head, head_dim / 2) of one that
+    does not: the mean of e^(-j angle) over the distances, where attended (n_head, T) says how
+    often a head looks at each. It is the factor of the least squared error."""
+    i = torch.arange(0, head_dim, 2, dtype=torch.float64, device=attended.device)
+    distance = torch.arange(attended.size(1), dtype=torch.float64, device=attended.device)
+    angle = distance[:, None] / base ** (i / head_dim)  # (T, head_dim / 2)
+    return attended.to(torch.complex128) @ torch.polar(torch.ones_like(angle), -angle)
+
+
+def decouple(maps, n_head, n_rotary, covariance, worth):
     """The Maps of rotary='decoupled' for those of rotary='all'. covariance (n_embd, n_embd) is that
-    of x. A pair of numbers that turns is one complex number here. In a group of n frequencies and
-    all heads, keys k (heads * n) become u s, with u the leading eigenvector of their covariance and
-    s = u^H k, which turns. A query q meets s as u^H q. A bias of s is lost: a shared rotary key has
-    none."""
-    head_dim, n_groups = len(maps.query) // n_head, n_rotary // 2
+    of x. worth (n_head, head_dim / 2) are the factors of mean_turn.
+
+    Of each of the n_rotary / 2 fastest frequencies, the keys k (n_head) of all heads become u s,
+    with u the leading eigenvector of their covariance and s = u^H k, which turns. A query q meets
+    it with u^H q. The rest of the keys no longer turns. A bias of s is lost: the shared rotary key
+    has none."""
+    head_dim, n = len(maps.query) // n_head, n_rotary // 2
     queries = maps.query if maps.query_bias is None else torch.cat(
         (maps.query, maps.query_bias[:, None]), dim=1)
     keys, values = maps.kv.chunk(2)
-
-    def grouped(W):  # (n_head * head_dim, n) -> complex (groups, n_head, frequencies, n)
-        real, imaginary = W.unflatten(0, (n_head, 2, head_dim // 2)).unbind(1)
-        return torch.complex(real, imaginary).unflatten(1, (n_groups, -1)).transpose(0, 1)
-
-    def ungrouped(W):
-        W = W.transpose(0, 1).flatten(1, 2)  # (n_head, head_dim / 2, n)
-        return torch.stack((W.real, W.imag), dim=1)  # (n_head, 2, head_dim / 2, n)
-
-    K = grouped(keys)
-    flat = K.flatten(1, 2)  # (groups, n_head * frequencies, n_embd)
-    u = torch.linalg.eigh(flat @ covariance.to(flat.dtype) @ flat.mH).eigenvectors[..., -1:]
-    s = u.mH @ flat  # (groups, 1, n_embd)
-    rest = ungrouped((flat - u @ s).view_as(K)).flatten(0, 2)
-    met = (u.conj().view(*K.shape[:3], 1) * grouped(queries)).sum(2, keepdim=True)
-    turned = ungrouped(met).flatten(1, 2)  # (n_head, n_rotary, n)
+    K = as_complex(keys, n_head)
+    fast = K[:, :n].transpose(0, 1)  # (n, n_head, n_embd)
+    u = torch.linalg.eigh(fast @ covariance.to(fast.dtype) @ fast.mH).eigenvectors[..., -1:]
+    s = u.mH @ fast  # (n, 1, n_embd)
+    rest = K - torch.cat(((u @ s).transpose(0, 1), torch.zeros_like(K[:, n:])), dim=1)
+    rest = as_real(rest * worth.unsqueeze(-1)).flatten(0, 1)
+    turned = as_real(u.conj().transpose(0, 1) * as_complex(queries, n_head)[:, :n])
     scale = ((head_dim + n_rotary) / head_dim) ** 0.5  # the scores are divided by more
     queries = torch.cat((queries.unflatten(0, (n_head, -1)), turned), dim=1).flatten(0, 1) * scale
     query, query_bias = queries, None
     if maps.query_bias is not None:
         query, query_bias = queries[:, :-1], queries[:, -1]
-    rotary_key = torch.cat((s.real, s.imag)).squeeze(1)
-    return replace(maps, query=query, query_bias=query_bias, rotary_key=rotary_key,
-                   kv=torch.cat((rest, values)))
+    return Maps(query, query_bias, torch.cat((rest, values)), maps.kv_bias,
+                as_real(s.transpose(0, 1))[0])
 
 
 def low_rank(W, root, rank):
@@ -149,24 +182,26 @@ def factor(W, b, moments, rank):
 
 def widths_for(share, layers, moments):
     """The width of each layer's latent, so that with its rotary key all together have that share of
-    MHA's cache. layers are Maps. The next direction goes where it is the largest part, in squares,
-    of what its layer's keys and values are over the text."""
-    parts = []
+    MHA's cache. layers are Maps. One direction after the other goes to the layer that has lost the
+    largest part, in squares over the text, of its keys and values."""
+    lost = []  # for each layer: the part that a latent of so many numbers loses
     for layer, maps in enumerate(layers):
         _, root, _ = spread_of(moments and moments[layer], maps.kv_bias is not None, maps.kv)
         squares = torch.linalg.svdvals(maps.kv @ root).square()
-        parts.append((squares / squares.sum().clamp_min(1e-300)).tolist())
+        tails = squares.flip(0).cumsum(0).flip(0) / squares.sum().clamp_min(1e-300)
+        lost.append([*tails.tolist(), 0.0])
     n_embd, n_rotary = layers[0].kv.size(1), len(layers[0].rotary_key)
     total = round(share * 2 * n_embd * len(layers)) - n_rotary * len(layers)
-    if total < len(layers):
+    widths = [1] * len(layers)
+    if total < sum(widths):
         least = (n_rotary + 1) / (2 * n_embd)
         raise UserError(f'cache_share={share} leaves no latent in some layer: give at least '
                         f'{least:.4f}')
-    widths = [1] * len(layers)
-    order = sorted(((part, layer) for layer, squares in enumerate(parts) for part in squares[1:]),
-                   reverse=True)
-    for _, layer in order[:total - len(layers)]:
-        widths[layer] += 1
+    while sum(widths) < min(total, n_embd * len(layers)):
+        most = max(range(len(layers)), key=lambda layer: lost[layer][widths[layer]])
+        if widths[most] == n_embd:  # nothing is lost any more
+            most = min(range(len(layers)), key=widths.__getitem__)
+        widths[most] += 1
     return tuple(widths)
 
 
@@ -179,9 +214,12 @@ def convert(model, n_latent, moments=None, n_rotary=0, share=None):
     c = model.config
     layers = [maps_of(model, layer) for layer in range(c.n_layer)]
     if n_rotary:
-        eye = torch.eye(c.n_embd, dtype=torch.float64, device=layers[0].kv.device)
-        layers = [decouple(maps, c.n_head, n_rotary, moments[i].second if moments else eye)
-                  for i, maps in enumerate(layers)]
+        one = torch.ones(c.n_head, c.head_dim // 2, device=layers[0].kv.device)
+        eye = torch.eye(c.n_embd, dtype=torch.float64, device=one.device)
+        for i, maps in enumerate(layers):
+            worth = mean_turn(moments[i].attended, c.head_dim, c.rotary_base) if moments else one
+            layers[i] = decouple(maps, c.n_head, n_rotary, moments[i].second if moments else eye,
+                                 worth)
     widths = widths_for(share, layers, moments) if share else (n_latent,) * c.n_layer
     state, errors = dict(model.state_dict()), []
     for i, maps in enumerate(layers):
@@ -200,5 +238,7 @@ def convert(model, n_latent, moments=None, n_rotary=0, share=None):
     settings = asdict(c) | {'n_kv_head': None,
                             'n_latent': widths if len(set(widths)) > 1 else widths[0]}
     if n_rotary:
-        settings |= {'rotary': 'decoupled', 'n_rotary': n_rotary}
+        # so that its frequencies are the fastest ones of before
+        settings |= {'rotary': 'decoupled', 'n_rotary': n_rotary,
+                     'rotary_base': c.rotary_base ** (n_rotary / c.head_dim)}
     return GPT_MLA.from_state_dict(MLAConfig(**settings), state).eval(), errors
