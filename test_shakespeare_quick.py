@@ -118,23 +118,34 @@ def samples_text(results):
 def draw_comparison(histories, results, settings, path):
     figure = Figure(figsize=(8, 5), layout='constrained')
     ax = figure.subplots()
+    first = next(iter(results.values()))
+    losses = {name: f'{result["label"]} {result["val_loss"]:.4f}' + (
+        f' ({result["val_loss"] / first["val_loss"] - 1:+.1%})' if result is not first else '')
+        for name, result in results.items()}
     for name, history in histories.items():
-        plot_losses(ax, history, results[name]['label'], VARIANTS[name].colour)
+        if len(histories) == 2:
+            plot_losses(ax, history, results[name]['label'], VARIANTS[name].colour)
+        else:  # more curves than these could not be read
+            points = [(row['iter'], row['val_loss']) for row in history if 'val_loss' in row]
+            ax.plot(*zip(*points), '.-' if name in ('mha', 'gqa', 'mla') else '.--',
+                    color=VARIANTS[name].colour, label=losses[name])
     rows = [row for history in histories.values() for row in history]
     lowest = min(row['val_loss'] for row in rows if 'val_loss' in row)
     # the start is the same for all and would flatten the rest
     ax.set_ylim(top=min(ax.get_ylim()[1], lowest + 1.2))
     ax.set_xlim(left=0)
-    first, *others = results.values()
-    losses = [f'{first["label"]} {first["val_loss"]:.4f}']
-    losses += [f'{other["label"]} {other["val_loss"]:.4f} '
-               f'({other["val_loss"] / first["val_loss"] - 1:+.1%})' for other in others]
-    names = [result['label'] for result in results.values()]
-    ax.set_title(f"{', '.join(names[:-1])} and {names[-1]} on {Path(settings['dataset']).name}, "
-                 'same data in the same order\n'
-                 f"{settings['n_layer']} layers, {settings['n_embd']} wide, "
-                 f"latent {settings['n_latent']}; whole val split: {', '.join(losses)}",
-                 fontsize=10, wrap=True)
+    title = (f"on {Path(settings['dataset']).name}, same data in the same order\n"
+             f"{settings['n_layer']} layers, {settings['n_embd']} wide, latent "
+             f"{settings['n_latent']}; whole val split")
+    if len(histories) == 2:
+        one, two = (result['label'] for result in results.values())
+        title = f'{one} and {two} {title}: {", ".join(losses.values())}'
+    else:
+        title = f'{len(histories)} attentions {title} beside the names'
+        ax.legend()
+        ax.grid(alpha=0.3)
+        ax.set(xlabel='iteration', ylabel='val loss (nats per token)')
+    ax.set_title(title, fontsize=10)
     figure.savefig(path, dpi=130)
 
 

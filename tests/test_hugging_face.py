@@ -5,19 +5,20 @@ import json
 
 import pytest
 import torch
-from conftest import CHARS, tiny_model
+from conftest import CHARS
 from family import DEEPSEEK, member
 from test_checkpoint import save
 
 import export_huggingface
 import train
+from analysis.circuits import centred
 from analysis.record import residual_streams
 from generate import Cache, generate
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 from runtime.checkpoint import checkpoint_path
-from runtime.hugging_face import form_of, to_hugging_face
+from runtime.hugging_face import HAS_RMS_NORM, form_of
 from runtime.loading import load_model
 
 
@@ -217,14 +218,24 @@ def test_a_llama_that_is_not_centred_is_refused(tmp_path, program):
         GPT.from_pretrained(str(tmp_path))
 
 
-def test_transformer_lens_has_the_same_residual_streams(tmp_path):
-    lens = pytest.importorskip('transformer_lens')
-    model = tiny_model(GPT_MLA, n_latent=6)
-    hf = to_hugging_face(model)
-    theirs = lens.HookedTransformer.from_pretrained('gpt2', hf_model=hf, fold_ln=False,
-                                                    center_writing_weights=False)
+@pytest.mark.parametrize('name', ['mha', 'query latent', 'gqa', 'rotary', 'gqa, rotary', 'gated',
+                                  'deepseek'])
+def test_transformer_lens_has_the_same_residual_streams(name, tmp_path, program):
+    """TransformerLens 4 reads what was written. Where that has RMS norms, its stream is centred."""
+    bridge = pytest.importorskip('transformer_lens.model_bridge')
+    of_family, settings, *_ = WRITTEN[name]
+    model = member(of_family, **settings)
+    path = checkpoint_path(tmp_path, model.model_type)
+    save(path, model)
+    assert program(export_huggingface.main, path, tmp_path / 'hf')[0] == 0
+    theirs = bridge.TransformerBridge.boot_transformers(str(tmp_path / 'hf'), device='cpu')
     idx = torch.randint(14, (2, 16))
-    _, cache = theirs.run_with_cache(idx)
-    streams = [cache['resid_pre', 0], *(cache['resid_post', i] for i in range(2))]
-    torch.testing.assert_close(torch.stack(streams), residual_streams(model, idx), atol=1e-4,
-                               rtol=1e-4)
+    logits, cache = theirs.run_with_cache(idx)
+    n_layer = model.config.n_layer
+    streams = torch.stack([cache['blocks.0.hook_resid_pre'],
+                           *(cache[f'blocks.{i}.hook_resid_post'] for i in range(n_layer))])
+    wanted = residual_streams(model, idx)
+    if form_of(model.config) in HAS_RMS_NORM:
+        wanted = centred(wanted)
+    torch.testing.assert_close(streams, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[:, -1], model.next_logits(idx), atol=1e-4, rtol=1e-4)
