@@ -118,8 +118,7 @@ def rotate(x, start, base, n=None):
     angle = position.view(-1, 1, x.size(2), 1) / base ** exponent  # (B or 1, 1, T, n / 2)
     cos, sin = angle.cos(), angle.sin()
     rest, a, b = x.split((x.size(-1) - n, n // 2, n // 2), dim=-1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((rest, turned.to(x.dtype)), dim=-1)
+    return torch.cat((rest, a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def attend(q, k, v, mask=None, dropout_p=0.0):
