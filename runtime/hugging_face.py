@@ -87,13 +87,12 @@ def is_ungrouped(c):
 
 @torch.no_grad()
 def trunk(model, form):
-    """The GPT or, for deepseek_v3, the GPT_MLA that computes what the trunk of model does, in
-    float64. Where a form has no such attention it becomes MHA, with the weights of head_weights()
-    and for biases what heads() makes of 0."""
+    """The GPT or, for deepseek_v3, the GPT_MLA that computes what the trunk of model does. Where a
+    form has no such attention it becomes MHA, with the weights of head_weights() in float64, and
+    for biases what heads() makes of 0."""
     c, model_class = model.config, GPT_MLA if form == 'deepseek_v3' else GPT
     settings = {f.name: getattr(c, f.name) for f in fields(model_class.config_class)}
-    state = {name: p.double() for name, p in model.state_dict().items()
-             if not name.startswith('ahead.')}
+    state = {name: p for name, p in model.state_dict().items() if not name.startswith('ahead.')}
     is_plain = hasattr(model.transformer.h[0].attn, 'c_attn') and (
         is_ungrouped(c) or form in ('starcoder2', 'llama'))
     if form == 'deepseek_v3' or is_plain:
@@ -146,7 +145,7 @@ def their_config(c, form, n_vocab, end=None):
 
 def centred(W):
     """The weight (n_out, n_in) of a linear map whose outputs have the mean 0."""
-    return W - W.mean(0)
+    return W - W.mean(0, dtype=torch.float64)
 
 
 def their_state(gpt, form, n_vocab):
