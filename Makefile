@@ -28,6 +28,9 @@ assets: .venv/installed data/shakespeare_char/meta.pkl
 	$(RUN) assets/draw_mla_diagram.py
 	test -f $(QUICK)/comparison.png || $(MAKE) quick
 	cp $(QUICK)/comparison.png assets/
+	test -f out_family/comparison.png || $(RUN) test_shakespeare_quick.py --out_dir=out_family \
+		--models=mha,gqa,mla,mla_decoupled,mha_rotary,gqa_rotary,mla_rotary
+	cp out_family/comparison.png assets/family.png
 	$(RUN) -m analysis.report $(QUICK)/ckpt.pt $(QUICK)/ckpt_mla.pt
 	for name in attention_patterns copying composition subspaces latent_directions spectrum ablation similarity; do \
 		cp out_report/$(QUICK)/ckpt.pt-vs-ckpt_mla.pt/$$name.png assets/report_$$name.png || exit 1; done

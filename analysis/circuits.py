@@ -39,13 +39,11 @@ class Heads:
 
 def part_of_scores(model):
     """A line on what W_Q and W_K of a model say, '' where they say everything."""
-    said = {'none': '', 'all': 'queries and keys turn with position: W_Q and W_K are those of '
-                               'distance 0'}
-    said = said.get(model.config.rotary, 'W_Q and W_K are the content part of the scores; the '
-                                         'rotary part is beside them')
+    said = {'none': [], 'all': ['W_Q, W_K: scores at distance 0'],
+            'decoupled': ['W_Q, W_K: content part of the scores']}[model.config.rotary]
     if getattr(model.config, 'latent_norm', False):
-        said = '; '.join(filter(None, [said, 'the norm of each latent is left out']))
-    return said
+        said.append('without the norms of the latents')
+    return ', '.join(said)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from analysis.circuits import (
     part_of_scores,
     r_factor,
 )
-from analysis.plots import Panel, draw_panels, field_maps, symmetric
+from analysis.plots import Panel, draw_panels, field_maps, symmetric, with_notes
 from analysis.program import AnalysisConfig, main
 from runtime.progress import progress_bar
 
@@ -156,7 +156,8 @@ def plot(results):
         end = symmetric(maps)
         panels.append(Panel(f'{name}-composition', maps, 'score less chance', -end, end, 'RdBu_r',
                             'head that writes', 'head that reads', numbers=False, names=names))
-    return draw_panels('Which heads feed which (grey: not in a later layer)', panels)
+    title = with_notes('Which heads feed which (grey: not in a later layer)', results)
+    return draw_panels(title, panels)
 
 
 if __name__ == '__main__':

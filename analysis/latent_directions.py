@@ -36,7 +36,7 @@ from analysis.circuits import (
     part_of_scores,
     token_vectors,
 )
-from analysis.plots import token_labels
+from analysis.plots import token_labels, with_notes
 from analysis.program import AnalysisConfig, main
 from runtime.progress import progress_bar
 
@@ -194,7 +194,8 @@ def table(result):
 
 def plot(results):
     figure = Figure(figsize=(5.5 * len(results) + 0.5, 7), layout='constrained')
-    figure.suptitle('What the latent stores, layer by layer', fontsize=11)
+    title = with_notes('What the latent stores, layer by layer', results)
+    figure.suptitle(title, fontsize=11)
     axes = figure.subplots(2, len(results), squeeze=False, sharey='row')
     for (top, bottom), (name, result) in zip(axes.T, results.items()):
         for layer, (strengths, shares) in enumerate(zip(result.strengths, result.key_share)):

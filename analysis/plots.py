@@ -22,6 +22,12 @@ class Panel:
     names: dict | None = None  # name of the model -> names of its rows and of its columns
 
 
+def with_notes(title, results):
+    """The title of a picture, and below it what the results of the models note."""
+    return '\n'.join([title, *(f'{name}: {result.note}' for name, result in results.items()
+                               if result.note)])
+
+
 def field_maps(results, field):
     """One field of each result, by the name of its model: the maps of a Panel."""
     return {name: getattr(result, field) for name, result in results.items()}

@@ -52,6 +52,7 @@ from analysis.circuits import (
     part_of_scores,
     product_singular_values,
 )
+from analysis.plots import with_notes
 from analysis.program import AnalysisConfig, main
 from analysis.record import record
 from runtime.progress import progress_bar
@@ -266,7 +267,8 @@ def plot(results):
         rows += [('activations', 'QK'), ('activations', 'OV')]
     size = 5.5 * len(results) + 0.5, 2.6 * len(rows) + 0.6
     figure = Figure(figsize=size, layout='constrained')
-    figure.suptitle('How much rank is used: singular values of every head', fontsize=12)
+    title = 'How much rank is used: singular values of every head'
+    figure.suptitle(with_notes(title, results), fontsize=12)
     axes = figure.subplots(len(rows), len(results), squeeze=False, sharex=True, sharey='row')
     for row, (where, product) in zip(axes, rows):
         for ax, (name, result) in zip(row, results.items()):

@@ -31,7 +31,7 @@ from analysis.circuits import (
     orthonormal,
     part_of_scores,
 )
-from analysis.plots import Panel, draw_panels, field_maps
+from analysis.plots import Panel, draw_panels, field_maps, with_notes
 from analysis.program import AnalysisConfig as Config
 from analysis.program import main
 from runtime.progress import progress_bar
@@ -193,8 +193,8 @@ def plot(results):
                     numbers=False, names=names) for (first, second), maps in shown.items()]
     panels.append(Panel('latent spaces of two layers', field_maps(results, 'latent_overlap'),
                         'mean squared cosine', 0, 1, rows='layer', columns='layer'))
-    return draw_panels('Overlap of the spaces that heads write to and read from (random spaces: '
-                       f'{chance})', panels)
+    title = f'Overlap of the spaces that heads write to and read from (random spaces: {chance})'
+    return draw_panels(with_notes(title, results), panels)
 
 
 if __name__ == '__main__':

@@ -135,14 +135,14 @@ def test_turning_a_pair_alike_in_queries_and_keys_changes_no_number(name):
 @pytest.mark.parametrize('name, label, words, note', [
     ('mha', 'MHA', '2 heads, 16 wide, context', ''),
     ('gqa', 'GQA', '4 heads, 2 of keys and values, 16 wide', ''),
-    ('gqa, rotary', 'GQA rotary', 'rotary all (base 50)', 'those of distance 0'),
-    ('mla, rotary', 'MLA rotary', 'latent 6, rotary all (base 100)', 'those of distance 0'),
-    ('mla, decoupled', 'MLA decoupled', 'rotary decoupled 4 (base 10000)', 'the content part'),
-    ('mla, normed', 'MLA', 'latent 6, latent norm and scale', 'the norm of each latent'),
-    ('deepseek', 'MLA decoupled', 'query latent 10', 'beside them; the norm of each latent'),
+    ('gqa, rotary', 'GQA rotary', 'rotary all (base 50)', 'scores at distance 0'),
+    ('mla, rotary', 'MLA rotary', 'latent 6, rotary all (base 100)', 'scores at distance 0'),
+    ('mla, decoupled', 'MLA decoupled', 'rotary decoupled 4 (base 10000)', 'content part of the scores'),
+    ('mla, normed', 'MLA', 'latent 6, latent norm and scale', 'without the norms'),
+    ('deepseek', 'MLA decoupled', 'query latent 10', 'the scores, without the norms'),
     ('mla, a latent for each layer', 'MLA', 'latent 6/3', ''),
     ('mha, attention only', 'MHA', 'no MLP', ''), ('mha, gated', 'MHA rotary', 'gated MLP',
-                                                           'those of distance 0')])
+                                                           'scores at distance 0')])
 def test_each_says_what_it_is_and_tables_say_which_part_they_are_about(name, label, words, note):
     model = member(name)
     assert label_of(model.model_type, model.config) == label and words in describe(model)
