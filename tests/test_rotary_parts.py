@@ -137,7 +137,7 @@ def test_turning_a_pair_alike_in_queries_and_keys_changes_no_number(name):
     ('gqa', 'GQA', '4 heads, 2 of keys and values, 16 wide', ''),
     ('gqa, rotary', 'GQA rotary', 'rotary all (base 50)', 'scores at distance 0'),
     ('mla, rotary', 'MLA rotary', 'latent 6, rotary all (base 100)', 'scores at distance 0'),
-    ('mla, decoupled', 'MLA decoupled', 'rotary decoupled 4 (base 10000)', 'content part of the scores'),
+    ('mla, decoupled', 'MLA decoupled', 'rotary decoupled 4 (base 10000)', 'content part of the'),
     ('mla, normed', 'MLA', 'latent 6, latent norm and scale', 'without the norms'),
     ('deepseek', 'MLA decoupled', 'query latent 10', 'the scores, without the norms'),
     ('mla, a latent for each layer', 'MLA', 'latent 6/3', ''),
