@@ -4,9 +4,9 @@ What an MLA latent stores: the tokens that excite its directions, and what heads
     python -m analysis.latent_directions out/ckpt_mla.pt
 
 It needs an MLA model and no text, or one whose heads share few keys and values (GQA); there the
-shares of keys and values are even by construction. A latent c = W_E^T x can be written in any basis (W_E A and
-A^-1 W_K, A^-1 W_V are the same model), so the singular values of W_E alone mean nothing. What
-counts is how the heads use it. All maps out of a layer's latent, side by side, are
+shares of keys and values are even by construction. A latent c = W_E^T x can be written in any basis
+(W_E A and A^-1 W_K, A^-1 W_V are the same model), so the singular values of W_E alone mean nothing.
+What counts is how the heads use it. All maps out of a layer's latent, side by side, are
 
     M = [W_E W_K,h W_Q,h^T / |all of these| for each head h,
          W_E W_V,h W_O,h / |all of these| for each head h]
