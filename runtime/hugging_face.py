@@ -213,13 +213,15 @@ def to_hugging_face(model, end=None, n_vocab=None):
     state = their_state(gpt, form, n_vocab)
     hf = AutoModelForCausalLM.from_config(their_config(gpt.config, form, n_vocab, end)).eval()
     for name, p in hf.named_parameters():
-        p.copy_(state[name]) if name in state else p.zero_()
+        if name not in state and not name.endswith('.bias'):
+            raise KeyError(f'{name} of {form} has no counterpart')
+        p.copy_(state.get(name, torch.zeros(())))
     return hf
 
 
 def our_config(c):
-    """The config, a GPTConfig or an MLAConfig, of what transformers' config c describes, and its
-    form. Raises ValueError for what our models do not compute."""
+    """The config, a GPTConfig or an MLAConfig, of what transformers' config c describes. Raises
+    ValueError for what our models do not compute."""
     if c.model_type not in CLASSES:
         raise ValueError(f'it holds a model of type {c.model_type!r}, not one of '
                          f"{', '.join(CLASSES)}")
@@ -250,13 +252,15 @@ def our_config(c):
         config = GPT.config_class(**settings | dict(
             n_kv_head=getattr(c, 'num_key_value_heads', None)))
     # what our config makes of it has to be what it was
-    theirs, free = c.to_dict(), FREE
-    for key, value in their_config(config, c.model_type, c.vocab_size).to_dict().items():
-        same_act = key == 'hidden_act' and OUR_GELUS.get(theirs.get(key)) == OUR_GELUS.get(value)
-        if key not in free and theirs.get(key) != value and not (same_act and not has_rms_norm):
+    wanted = their_config(config, c.model_type, c.vocab_size).to_dict()
+    for key in sorted(wanted.keys() - FREE):
+        found = c.to_dict().get(key)
+        if key == 'hidden_act' and found in OUR_GELUS:  # which has several names
+            found = GELUS[OUR_GELUS[found]]
+        if found != wanted[key]:
             raise ValueError(f'it is a variant of {CLASSES[c.model_type]} that our models do not '
-                             f'compute: {key} is {theirs.get(key)!r}, and it would have to be '
-                             f'{value!r}')
+                             f'compute: {key} is {found!r}, and it would have to be '
+                             f'{wanted[key]!r}')
     return config
 
 
