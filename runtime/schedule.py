@@ -42,6 +42,9 @@ def contradictions(config, model_config):
         lines.append(f'n_latent={n_latent} is above n_embd={n_embd}: keys and values have at most '
                      f'n_embd directions, and the cache of {n_latent} numbers per token and layer '
                      f"is {against} MHA's of {2 * n_embd}")
+    if model_config.rotary == 'none' and model_config.rotary_base != type(model_config).rotary_base:
+        lines.append(f'rotary_base={model_config.rotary_base:g} does nothing, since rotary is '
+                     "'none': --rotary=all would use it")
     if c.eval_only or not c.max_iters or not c.decay_lr:
         return lines
     if c.warmup_iters >= c.max_iters:

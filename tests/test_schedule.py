@@ -78,6 +78,13 @@ def test_a_latent_that_is_too_wide():
     assert contradictions(BASE, KAheadConfig()) == []
 
 
+def test_a_rotary_base_without_rotary_positions():
+    line, = contradictions(BASE, GPTConfig(rotary_base=1000.0))
+    assert line.startswith('rotary_base=1000 does nothing')
+    for settings in ({}, {'rotary': 'all', 'rotary_base': 1000.0}):
+        assert contradictions(BASE, GPTConfig(**settings)) == []
+
+
 @pytest.mark.parametrize('path', sorted(Path(__file__).parents[1].glob('config/*.py')), ids=str)
 def test_no_config_of_ours_contradicts_itself(path):
     config, _ = configure([str(path)], TrainConfig, KAheadConfig)
