@@ -127,7 +127,8 @@ def configure(argv, config_class, model_config_class=None, positional=(), elsewh
     asked for from what is a default.
 
     positional  keys whose values may be given without --key=, in this order
-    elsewhere   {key: program}, for the message about a key that only another program has
+    elsewhere   {key: program} and {(key, value): program}, for the message about what only another
+                program has
     defaults    take the place of the dataclasses' own
 
     Raises UserError. --help prints the program's docstring and its keys, and exits.
@@ -150,6 +151,8 @@ def configure(argv, config_class, model_config_class=None, positional=(), elsewh
         for key, value in settings.items():
             if key not in hints:
                 raise unknown_key(key, hints, prefix, elsewhere or {})
+            if type(value) is str and (key, value) in (elsewhere or {}):
+                raise UserError(f'{prefix}{key}={value!r} is for {elsewhere[key, value]}')
             value = checked(value, hints[key], prefix + key)
             given[key] = value if key in TEXT_KEYS else from_home(value)
 

@@ -7,7 +7,7 @@ comparison and the benchmarks know them by their names.
 """
 
 import math
-from typing import Callable, NamedTuple
+from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from model import GPT
 from model_k_ahead import GPT_KAhead
@@ -95,3 +95,15 @@ def widths(config):
 def cached_numbers(model):
     """How many numbers decoding remembers of each token, in all layers together."""
     return sum(math.prod(shape) for layer in model.cache_shapes(1, 1) for shape in layer)
+
+
+def keys_elsewhere(model_class):
+    """The keys, and pairs of key and value, that other models have and model_class has not, and the
+    programs that take them."""
+    own, found = get_type_hints(model_class.config_class), {}
+    for model_type, entry in reversed(MODELS.items()):
+        for key, hint in get_type_hints(entry.model_class.config_class).items():
+            options = get_args(hint) if get_origin(hint) is Literal else ()
+            more = [(key, option) for option in options if option not in get_args(own.get(key))]
+            found |= dict.fromkeys([key] if key not in own else more, f'train_{model_type}.py')
+    return found

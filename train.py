@@ -13,7 +13,7 @@ on with the data that it has not seen.
 
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from configurator import check_least, configure, run
@@ -22,7 +22,7 @@ import torch
 
 from generate import sample_text
 from model import GPT
-from models import MODELS
+from models import keys_elsewhere
 from runtime.batches import EVALUATION, TRAINING, Batches
 from runtime.dataset import SPLITS
 from runtime.device import autocast, pick_compile, pick_dtype
@@ -253,14 +253,6 @@ class Result:
     ms_per_iter: float  # median over the logged stretches
     tokens_per_second: float  # of all processes together
     stopped: bool  # by a signal, before max_iters
-
-
-def keys_elsewhere(model_class):
-    """The keys that other models have and model_class has not, and the programs that take them."""
-    own = {field.name for field in fields(model_class.config_class)}
-    return {field.name: f'train_{model_type}.py'
-            for model_type, entry in reversed(MODELS.items())
-            for field in fields(entry.model_class.config_class) if field.name not in own}
 
 
 def main(model_class=GPT, **defaults):

@@ -202,7 +202,8 @@ def test_a_combination_that_cannot_be_is_one_clear_line(model_class, settings, m
 
 @pytest.mark.parametrize('program_main, option, words', [
     (train.main, '--n_kv_head=3', 'n_kv_head=3 must divide n_head=2'),
-    (train.main, '--rotary=decoupled', "--rotary='decoupled' must be none or all"),
+    (train.main, '--rotary=decoupled', "--rotary='decoupled' is for train_mla.py"),
+    (train.main, '--rotary=yes', "--rotary='yes' must be none or all"),
     (train.main, '--n_rotary=8', 'unknown key --n_rotary: it is a key of train_mla.py'),
     (train.main, '--mlp=no', "--mlp='no' must be True, False or gated"),
     (lambda: train.main(GPT_MLA), '--n_latent=(8,8.5)', '--n_latent=8.5 must be a whole number'),
