@@ -15,6 +15,7 @@ subtracts the mean. The unembedding is then no longer the embedding and is writt
 
 from copy import deepcopy
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
@@ -327,6 +328,8 @@ def read_config(source):
 
 def model_class_of(source):
     """GPT or GPT_MLA: which of them computes the model at source. As read_config."""
+    if not Path(source).is_dir():  # 'gpt2' and its larger kin, which a download would tell
+        return GPT
     return GPT_MLA if isinstance(read_config(source)[1], GPT_MLA.config_class) else GPT
 
 
@@ -339,14 +342,14 @@ def from_hugging_face(model_class, source, override_args=None):
     models do not compute, OSError where they cannot be read.
     """
     from transformers import AutoModelForCausalLM
-    theirs, config = read_config(source)
-    found = GPT_MLA if isinstance(config, GPT_MLA.config_class) else GPT
+    found = model_class_of(source)
     if model_class is not found:
         remedy = ('train_mla.py takes them' if found is GPT_MLA else
                   'train.py takes them, convert_mla.py makes an MLA model of them')
         attention = 'multi-latent' if found is GPT_MLA else 'multi-head'
         raise ValueError(f'{source} has the weights of a {found.__name__} with {attention} '
                          f'attention, which is no {model_class.__name__}: {remedy}')
+    theirs, config = read_config(source)
     hf, report = read_stored(
         AutoModelForCausalLM.from_pretrained, source, config=theirs, dtype=torch.float32,
         output_loading_info=True, ignore_mismatched_sizes=True)

@@ -12,7 +12,6 @@ from configurator import UserError
 
 import torch
 
-from model import GPT
 from models import MODELS
 from runtime.checkpoint import (
     build_model,
@@ -194,7 +193,7 @@ def from_pretrained(model_class, name, **overrides):
                         'requirements.txt') from None
     except Exception as e:  # a damaged file can raise nearly anything
         reason = ' '.join(str(e).split()).split('. ')[0][:200]
-        if model_class is not GPT or reason.startswith(f'{name} has the weights of'):
+        if reason.startswith(f'{name} has the weights of'):
             raise UserError(reason) from None
         if name in GPT2_NAMES and isinstance(e, OSError):
             remedy = 'the network is needed once'

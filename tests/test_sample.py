@@ -250,7 +250,7 @@ def test_samples_from_a_hugging_face_directory(tmp_path, program):
     ids = out.splitlines()[1].split()
     assert code == 0 and 'what the ids of' in err and ids[:2] == ['3', '13'] and len(ids) == 7
     assert all(0 <= int(i) < 14 for i in ids)
-    for name, words in (('bert', "of type 'bert', not a GPT-2"),
+    for name, words in (('bert', "of type 'bert', not one of gpt2"),
                         ('broken', 'cannot be loaded')):
         code, out, err = program(sample.main, f'--init_from={tmp_path / name}', '--device=cpu')
         assert code == 2 and words in err and err.count('\n') == 1 and out == ''
