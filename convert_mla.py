@@ -94,7 +94,7 @@ def calibration_windows(data, block_size, config, device):
     """About calibration_tokens of the training split, in windows (1, block_size)."""
     count = -(-config.calibration_tokens // block_size)
     for number in progress_bar(range(count), 'calibration'):
-        x, _ = draw_batch(data.train, 1, block_size, (config.seed,), number)
+        x, _ = draw_batch(data.train, 1, block_size, (config.seed,), number, data.sequence)
         yield torch.from_numpy(x).to(device)
 
 
@@ -192,7 +192,8 @@ def main():
     print(f'cache  {cached_numbers(mla):,} numbers per token, {cached_numbers(model):,} before')
     print_errors(errors, mla, weighing)
     if data:
-        before, after = (split_loss(m, data.val[:config.val_tokens]) for m in (model, mla))
+        tokens = data.val[:config.val_tokens]
+        before, after = (split_loss(m, tokens, sequence=data.sequence) for m in (model, mla))
         change = after / before - 1
         print(f'\nval loss {before:.4f} nats before, {after:.4f} after ({change:+.1%})')
     else:

@@ -104,15 +104,21 @@ def stream_losses(model, x, targets):
     return losses
 
 
-def window_losses(model, tokens, dtype=torch.float32, batch_size=64):
-    """The summed losses in nats of windows of block_size that do not overlap. They predict every
-    token but the first once, and the last one may be shorter. Float64 (n_windows,)."""
+def window_spans(n_tokens, block_size, sequence=None):
+    """(first input, last target) of each window that is evaluated. Those of a text predict every
+    token but the first once, and the last one may be shorter. Sequences are windows."""
+    starts = range(0, n_tokens - 1, sequence or block_size)
+    return [(i, min(i + block_size, n_tokens - 1)) for i in starts]
+
+
+def window_losses(model, tokens, dtype=torch.float32, batch_size=64, sequence=None):
+    """The summed losses in nats of the windows of window_spans. Float64 (n_windows,)."""
     device, block_size = next(model.parameters()).device, model.config.block_size
-    starts = range(0, len(tokens) - 1, block_size)
-    whole = [i for i in starts if i + block_size < len(tokens)]
+    spans = window_spans(len(tokens), block_size, sequence)
+    whole = [i for i, end in spans if end == i + block_size]
     groups = [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)]
-    if len(whole) < len(starts):
-        groups.append([starts[-1]])  # the shorter one at the end
+    if len(whole) < len(spans):
+        groups.append([spans[-1][0]])  # the shorter one at the end
     sums = []
     for group in progress_bar(groups, 'loss'):
         windows = np.stack([tokens[i:i + block_size + 1] for i in group])  # (B, T + 1)
@@ -121,9 +127,11 @@ def window_losses(model, tokens, dtype=torch.float32, batch_size=64):
     return torch.cat(sums).numpy()
 
 
-def split_loss(model, tokens, dtype=torch.float32, batch_size=64):
+def split_loss(model, tokens, dtype=torch.float32, batch_size=64, sequence=None):
     """The mean loss in nats of the next token over a whole split, by window_losses."""
-    return float(window_losses(model, tokens, dtype, batch_size).sum() / (len(tokens) - 1))
+    spans = window_spans(len(tokens), model.config.block_size, sequence)
+    n_targets = sum(end - start for start, end in spans)
+    return float(window_losses(model, tokens, dtype, batch_size, sequence).sum() / n_targets)
 
 
 def ratio(totals, sizes):
@@ -151,16 +159,17 @@ def wilson(right, n):
     return right / n, [max(0.0, low), min(1.0, high)]
 
 
-def text_scores(model, tokens, tokenizer, dtype, batch_size):
+def text_scores(model, tokens, tokenizer, dtype, batch_size, sequence=None):
     """The loss, perplexity and bits per byte of a text, each with its interval, a dictionary.
     Bytes are left out where the tokenizer does not know them. Raises UserError where the scores
     are no numbers."""
-    sums = window_losses(model, tokens, dtype, batch_size)
-    ends = [*range(0, len(tokens) - 1, model.config.block_size), len(tokens) - 1]
-    loss, interval = ratio(sums, np.diff(ends))
+    sums = window_losses(model, tokens, dtype, batch_size, sequence)
+    spans = window_spans(len(tokens), model.config.block_size, sequence)
+    sizes = np.array([end - start for start, end in spans])
+    loss, interval = ratio(sums, sizes)
     if not max((loss, *(interval or ()))) < 700:  # nan, or more than the exponential can take
         raise UserError(f'the loss is {loss:g}: the weights are damaged, or too large for {dtype}')
-    scores = {'tokens': len(tokens) - 1, 'windows': len(sums),
+    scores = {'tokens': int(sizes.sum()), 'windows': len(sums),
               'loss': loss, 'loss_interval': interval,
               'perplexity': math.exp(loss),
               'perplexity_interval': interval and [math.exp(end) for end in interval]}
@@ -170,7 +179,7 @@ def text_scores(model, tokens, tokenizer, dtype, batch_size):
     # the end of a document stands for no text
     bytes_of = np.array([0 if i == tokenizer.end_of_text or text == b'<|endoftext|>' else len(text)
                          for i, text in enumerate(texts)])
-    n_bytes = np.array([bytes_of[tokens[i + 1:end + 1]].sum() for i, end in zip(ends, ends[1:])])
+    n_bytes = np.array([bytes_of[tokens[i + 1:end + 1]].sum() for i, end in spans])
     if not n_bytes.any():
         raise UserError('the tokens to predict are ends of documents alone: give a longer text')
     bits, bits_interval = ratio(sums / math.log(2), n_bytes)
@@ -328,11 +337,11 @@ def question_scores(model, questions, dtype, batch_size, kind=''):
 
 
 def open_text(config, trained):
-    """The name of the dataset and the tokens of it to evaluate; '' and none where questions are
-    named and no dataset is. Raises UserError."""
+    """The name of the dataset, the tokens of it to evaluate, and how many of them a sequence has;
+    '' and none where questions are named and no dataset is. Raises UserError."""
     if not (config.dataset or trained.dataset):
         if config.hellaswag:
-            return '', []
+            return '', [], None
         raise UserError(f'model={config.model} does not name the data of its training: give '
                         '--dataset=NAME or --hellaswag=FILE')
     data = trained.open_data(config.dataset)
@@ -342,7 +351,7 @@ def open_text(config, trained):
         raise UserError(f'{path} has one token, which leaves nothing to predict: give a longer '
                         'text')
     check_ids(tokens.max(), trained.n_vocab, path)
-    return data.name, tokens
+    return data.name, tokens, data.sequence
 
 
 def print_scores(scores):
@@ -367,7 +376,7 @@ def main():
     torch.set_float32_matmul_precision('high')
     trained = load_model(config.model, device)
     model, tokenizer = trained.model, trained.tokenizer
-    dataset, tokens = open_text(config, trained)
+    dataset, tokens, sequence = open_text(config, trained)
     questions, harness = [], []
     if config.hellaswag:
         questions, harness = read_questions(config.hellaswag, config.max_questions, model,
@@ -375,7 +384,7 @@ def main():
 
     text, choice = {}, {}
     if dataset:
-        text = text_scores(model, tokens, tokenizer, dtype, config.batch_size)
+        text = text_scores(model, tokens, tokenizer, dtype, config.batch_size, sequence)
     if questions:
         choice = question_scores(model, questions, dtype, config.batch_size)
     if harness:

@@ -78,7 +78,7 @@ def measure(result, data, config):
         'params': model.get_num_params(non_embedding=False),
         'attention_params': n_params,
         'train_loss': result.history[-1]['train_loss'],
-        'val_loss': split_loss(model, data.val, dtype),
+        'val_loss': split_loss(model, data.val, dtype, sequence=data.sequence),
         'ms_per_iter': result.ms_per_iter,
         'tokens_per_second': result.tokens_per_second,
         'cache_bytes_per_token': cached_numbers(model) * dtype.itemsize,

@@ -26,7 +26,8 @@ class Batches:
         EVALUATION. Seeds torch for its dropout. Raises UserError for an id past vocab_size."""
         seed = (self.seed, stream, dataset.SPLITS.index(split))
         tokens = getattr(self.data, split)
-        x, y = dataset.draw_batch(tokens, self.batch_size, self.block_size, seed, number)
+        x, y = dataset.draw_batch(tokens, self.batch_size, self.block_size, seed, number,
+                                  self.data.sequence)
         dataset.check_ids(max(x.max(), y.max()), self.vocab_size, self.data.folder / f'{split}.bin')
         seed_torch(int(np.random.default_rng((*seed, number)).integers(2 ** 63)), self.device)
         x, y = torch.from_numpy(x), torch.from_numpy(y)

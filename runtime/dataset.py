@@ -11,7 +11,14 @@ from configurator import UserError
 
 import numpy as np
 
-from runtime.record import id_dtype, looks_like_uint32, read_record, write_file, write_record
+from runtime.record import (
+    id_dtype,
+    looks_like_uint32,
+    read_record,
+    read_sequence,
+    write_file,
+    write_record,
+)
 from runtime.tokenizer import CharTokenizer, Tokenizer
 
 DATA = Path(__file__).resolve().parents[1] / 'data'
@@ -20,10 +27,10 @@ SPLITS = ('train', 'val')
 NO_ID = 2 ** 31 - 1  # what an id past its vocabulary is translated to: no model takes it
 
 
-def write_splits(folder, train_ids, val_ids, tokenizer):
+def write_splits(folder, train_ids, val_ids, tokenizer, sequence=None):
     """Write train.bin, val.bin and the record of their tokenizer into folder. Print what they
-    hold."""
-    write_record(folder, tokenizer)
+    hold. sequence is how many tokens each sequence has, where the ids are sequences end to end."""
+    write_record(folder, tokenizer, sequence=sequence)
     for split, ids in zip(SPLITS, (train_ids, val_ids)):
         content = np.asarray(ids).astype(id_dtype(tokenizer.n_vocab)).tobytes()
         write_file(Path(folder) / f'{split}.bin', content)
@@ -37,14 +44,19 @@ class Data:
     tokenizer: Tokenizer
     folder: Path
     name: str = ''  # what the user calls it
+    sequence: int | None = None  # tokens in each of the sequences that the bins hold; None: a text
 
     def largest_id(self):
         """The largest id in what check() looks at."""
         return max(sampled(getattr(self, split)).max() for split in SPLITS)
 
     def check(self, block_size, vocab_size):
-        """Raise UserError if a split is not longer than block_size or holds an id at or above
-        vocab_size."""
+        """Raise UserError if a split is not longer than block_size, or holds an id at or above
+        vocab_size or sequences of another length."""
+        if self.sequence and self.sequence != block_size + 1:
+            raise UserError(f'block_size={block_size} does not suit {self.folder}, whose sequences '
+                            f'have {self.sequence} tokens each: give --block_size='
+                            f'{self.sequence - 1}')
         for split in SPLITS:
             tokens, path = getattr(self, split), self.folder / f'{split}.bin'
             if len(tokens) <= block_size:
@@ -179,30 +191,36 @@ def open_data(name):
             raise UserError(f'{path} looks like ids of 32 bits: say what they are with python '
                             f'data/prepare.py --out_dir={folder} --tokenizer=unknown '
                             '--vocab_size=100000, for instance')
-    return Data(**bins, tokenizer=tokenizer, folder=folder, name=str(name))
+    return Data(**bins, tokenizer=tokenizer, folder=folder, name=str(name),
+                sequence=read_sequence(folder))
 
 
-def count_windows(n_tokens, block_size):
-    """The windows of an epoch: as many as fit behind any offset below block_size."""
-    return max(1, n_tokens // block_size - 1)
+def count_windows(n_tokens, block_size, sequence=None):
+    """The windows of an epoch: as many as fit behind any offset below block_size, or as there are
+    sequences."""
+    return max(1, n_tokens // sequence if sequence else n_tokens // block_size - 1)
 
 
 @lru_cache(maxsize=4)
-def window_starts(n_tokens, block_size, seed, epoch):
-    """Where the windows of an epoch start: end to end from a random offset, in random order."""
+def window_starts(n_tokens, block_size, seed, epoch, sequence=None):
+    """Where the windows of an epoch start, in random order: end to end from a random offset, or
+    where the sequences do."""
     rng = np.random.default_rng((*seed, epoch))
-    n_windows = count_windows(n_tokens, block_size)
+    n_windows = count_windows(n_tokens, block_size, sequence)
+    if sequence:
+        return sequence * rng.permutation(n_windows)
     offset = rng.integers(min(block_size, n_tokens - n_windows * block_size))
     return offset + block_size * rng.permutation(n_windows)
 
 
-def draw_batch(tokens, batch_size, block_size, seed, number):
+def draw_batch(tokens, batch_size, block_size, seed, number, sequence=None):
     """Batch number of an endless row of them. Its windows of the tokens are each seen once before
-    any is seen again, in an order that seed, a tuple of whole numbers, decides. Returns inputs and
-    the tokens that follow them, two int64 arrays (batch_size, block_size)."""
-    n_windows = count_windows(len(tokens), block_size)
+    any is seen again, in an order that seed, a tuple of whole numbers, decides. Where the tokens
+    are sequences of block_size + 1 each, the windows are those. Returns inputs and the tokens that
+    follow them, two int64 arrays (batch_size, block_size)."""
+    n_windows = count_windows(len(tokens), block_size, sequence)
     epochs, places = np.divmod(number * batch_size + np.arange(batch_size), n_windows)
-    starts = {epoch: window_starts(len(tokens), block_size, seed, epoch)
+    starts = {epoch: window_starts(len(tokens), block_size, seed, epoch, sequence)
               for epoch in set(epochs.tolist())}
     starts = np.array([starts[epoch][place] for epoch, place in zip(epochs.tolist(), places)])
     windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)

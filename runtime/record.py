@@ -4,6 +4,7 @@ guessed.
 
 meta.pkl has the characters or words of a vocabulary, in nanoGPT's form. Any other tokenizer is in
 meta.json, {"tokenizer": spec, "dtype": "uint16"}. Ids of a vocabulary past 65,535 are uint32.
+Either may have "sequence": then the bins are no text but sequences of that many tokens, end to end.
 """
 
 import json
@@ -34,17 +35,20 @@ def id_dtype(n_vocab):
     return np.dtype(np.uint16 if n_vocab <= 65_535 else np.uint32)
 
 
-def write_record(folder, tokenizer, dtype=None):
-    """Record in folder what the ids of its bins mean, and their dtype (default: id_dtype's)."""
+def write_record(folder, tokenizer, dtype=None, sequence=None):
+    """Record in folder what the ids of its bins mean, their dtype (default: id_dtype's), and the
+    tokens in a sequence where the bins hold sequences."""
+    own = {'sequence': sequence} if sequence else {}
     if isinstance(tokenizer.spec, list):
         name, other = 'meta.pkl', 'meta.json'
         content = pickle.dumps({'vocab_size': tokenizer.n_vocab,
                                 'itos': dict(enumerate(tokenizer.spec)),
-                                'stoi': {entry: i for i, entry in enumerate(tokenizer.spec)}})
+                                'stoi': {entry: i for i, entry in enumerate(tokenizer.spec)},
+                                **own})
     else:
         name, other = 'meta.json', 'meta.pkl'
         dtype = np.dtype(dtype or id_dtype(tokenizer.n_vocab)).name
-        content = json.dumps({'tokenizer': tokenizer.spec, 'dtype': dtype}).encode()
+        content = json.dumps({'tokenizer': tokenizer.spec, 'dtype': dtype, **own}).encode()
     write_file(Path(folder) / name, content)
     (Path(folder) / other).unlink(missing_ok=True)
 
@@ -81,12 +85,31 @@ def read_record(folder):
     return found[0] if found else (make_tokenizer({'unknown': None}), np.dtype(np.uint16))
 
 
-def read_pickle(path):
-    """(spec, None) of nanoGPT's meta.pkl: the list in itos or, if it has none, vocab_size."""
+def read_sequence(folder):
+    """How many tokens a sequence in the bins in folder has; None where they hold a text. Raises
+    UserError."""
+    for name, load in (('meta.pkl', load_pickle), ('meta.json', load_json)):
+        path = Path(folder) / name
+        sequence = load(path).get('sequence') if path.exists() else None
+        if sequence is not None and (type(sequence) is not int or sequence < 2):
+            raise UserError(f'{path} has sequence={sequence!r}, which must be a whole number of 2 '
+                            'or more: put it right')
+        if sequence:
+            return sequence
+    return None
+
+
+def load_pickle(path):
     with open(path, 'rb') as f:
         meta = PlainUnpickler(f).load()
     if not isinstance(meta, dict):
         raise ValueError(f'it holds a {type(meta).__name__}, not a dictionary')
+    return meta
+
+
+def read_pickle(path):
+    """(spec, None) of nanoGPT's meta.pkl: the list in itos or, if it has none, vocab_size."""
+    meta = load_pickle(path)
     itos = meta.get('itos')
     if not itos:
         if type(meta.get('vocab_size')) is not int:
@@ -98,10 +121,15 @@ def read_pickle(path):
     return [itos[i] for i in places], None
 
 
-def read_json(path):
+def load_json(path):
     meta = json.loads(path.read_text(encoding='utf-8'))
     if not isinstance(meta, dict) or meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
         raise ValueError("it has no dtype 'uint16' or 'uint32'")
+    return meta
+
+
+def read_json(path):
+    meta = load_json(path)
     spec = meta.get('tokenizer')
     return spec, meta.get('dtype')
 
