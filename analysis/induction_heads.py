@@ -9,6 +9,12 @@ head is its mean attention, over the second copy of repeated random tokens, to t
 same token's first occurrence (Olsson et al. 2022, "In-context Learning and Induction Heads",
 appendix "Head Activation Evaluators"). Olsson et al. repeat 25 tokens three times more, behind a
 start token. Here there is one repetition and no start token.
+
+A head can copy and look elsewhere: at the token that is s after the first occurrence, if earlier
+heads carry there what came before. s is its shift, and 1 the classical one. So the attention at
+each shift is scored too, on random tokens of which a stretch comes twice, at a lag that differs in
+every sequence. There a head that looks at a fixed distance scores low. A head whose best shift is 0
+looks at the token itself: a duplicate-token head (Wang et al. 2023, section 3), which cannot copy.
 """
 
 from dataclasses import dataclass
@@ -16,6 +22,7 @@ from dataclasses import dataclass
 from configurator import UserError, run
 
 import numpy as np
+import torch
 
 from analysis.plots import Panel, draw_panels, field_maps
 from analysis.program import AnalysisConfig, main, top_heads
@@ -37,6 +44,12 @@ class Induction:
     spread: np.ndarray  # (n_layer, n_head) standard deviation over sequences
     length: int  # tokens in a copy
     threshold: float
+    shifted: np.ndarray  # (n_layer, n_head, shifts) mean attention at each shift, from 0
+    best_shift: np.ndarray  # (n_layer, n_head) the shift, of 1 and more, with most attention
+
+    def best(self):
+        """(n_layer, n_head) the mean attention at best_shift."""
+        return np.take_along_axis(self.shifted, self.best_shift[..., None], -1)[..., 0]
 
 
 def copy_length(model, length):
@@ -52,6 +65,64 @@ def batch_size(model, length):
     """How many sequences of length tokens to run at once: the attention patterns of one block take
     at most 64 MB, unless one sequence alone takes more."""
     return max(1, min(16, 2 ** 24 // (model.config.n_head * length ** 2)))
+
+
+@dataclass
+class Copies:
+    """Random sequences in which a stretch comes twice."""
+    idx: torch.Tensor  # (sequences, T)
+    first: torch.Tensor  # (sequences,) where the stretch begins
+    lag: torch.Tensor  # (sequences,) how much later it comes again: length or more
+    length: int  # tokens in the stretch
+
+    def queries(self):
+        """The places (sequences, length) of the second copy."""
+        return (self.first + self.lag)[:, None] + torch.arange(self.length)
+
+    def keys(self, n_shifts):
+        """The places (sequences, length, n_shifts) at each shift from the first occurrence."""
+        return (self.first[:, None] + torch.arange(self.length))[..., None] + torch.arange(n_shifts)
+
+
+def copies_with_lags(model, n_vocab, sequences, seed):
+    """Copies for a model: at most 64 tokens, a fourth of them in the stretch."""
+    T = min(64, model.config.block_size)
+    length = max(2, T // 4)
+    rng = np.random.default_rng(seed)
+    first = rng.integers(T - 2 * length + 1, size=sequences)
+    lag = rng.integers(length, T - length - first + 1)
+    idx = repeated_tokens(n_vocab, sequences, T, seed)[:, :T]
+    copies = Copies(idx, torch.from_numpy(first), torch.from_numpy(lag), length)
+    idx.scatter_(1, copies.queries(), idx.gather(1, copies.keys(1)[..., 0]))
+    return copies
+
+
+def attention_at_shifts(pattern, copies, n_shifts):
+    """The mean attention (B, n_head, n_shifts) of a pattern (B, n_head, T, T) over copies of as
+    many sequences, from the second copy to each shift from the first occurrence."""
+    rows = torch.arange(len(pattern))[:, None, None]
+    found = pattern.cpu()[rows, :, copies.queries()[..., None], copies.keys(n_shifts)]
+    return found.mean(1).mT  # of (B, length, n_shifts, n_head)
+
+
+def n_shifts_of(copies):
+    """Shifts that are scored: below the shortest lag, and no more than 8."""
+    return min(8, copies.length)
+
+
+def shift_scores(subject, sequences, seed):
+    """The mean attention (n_layer, n_head, shifts) at each shift."""
+    model, c = subject.model, subject.model.config
+    copies = copies_with_lags(model, subject.n_vocab, sequences, seed)
+    n_shifts = n_shifts_of(copies)
+    total = torch.zeros(c.n_layer, c.n_head, n_shifts, dtype=torch.float64)
+    size = batch_size(model, copies.idx.size(1))
+    for start in range(0, sequences, size):
+        part = Copies(copies.idx[start:start + size], copies.first[start:start + size],
+                      copies.lag[start:start + size], copies.length)
+        for block in record(model, part.idx.to(subject.device)):
+            total[block.layer] += attention_at_shifts(block.pattern(), part, n_shifts).sum(0)
+    return (total / sequences).numpy()
 
 
 def patterns_over_copies(subject, config, n, what):
@@ -73,28 +144,35 @@ def analyse(subject, config):
         # from position n + i of the second copy to i + 1, which followed the same token
         matches = pattern.diagonal(1 - n, -2, -1)[..., 1:]  # (B, n_head, n)
         scores[start:start + len(matches), layer] = matches.mean(-1).cpu()
-    return Induction(scores.mean(0), scores.std(0), n, config.threshold)
+    shifted = shift_scores(subject, config.sequences, config.seed)
+    return Induction(scores.mean(0), scores.std(0), n, config.threshold, shifted,
+                     1 + shifted[..., 1:].argmax(-1))
 
 
 def table(result):
-    above = top_heads(result.scores, threshold=result.threshold)
+    best = result.best()
+    above = top_heads(np.maximum(result.scores, best), threshold=result.threshold)
     if not above:
         layer, head = top_heads(result.scores, 1)[0]
         return (f'no head scores above {result.threshold:g}; the highest is '
                 f'{result.scores[layer, head]:.3f} (head {layer}.{head}), '
                 f'2 x {result.length} tokens')
-    lines = [f'{"head":>6}{"prefix matching":>18}{"spread":>9}      2 x {result.length} tokens, '
+    lines = [f'{"head":>6}{"prefix matching":>18}{"spread":>9}{"best shift":>13}{"score":>9}      '
              f'above {result.threshold:g}']
     for layer, head in above:
         lines.append(f'{f"{layer}.{head}":>6}{result.scores[layer, head]:>18.3f}'
-                     f'{result.spread[layer, head]:>9.3f}')
+                     f'{result.spread[layer, head]:>9.3f}{result.best_shift[layer, head]:>13}'
+                     f'{best[layer, head]:>9.3f}')
     return '\n'.join(lines)
 
 
 def plot(results):
-    scores = field_maps(results, 'scores')
-    return draw_panels('Induction heads: attention to what followed the same token before',
-                       [Panel('prefix-matching score', scores, 'mean attention', 0, None)])
+    best = {name: result.best() for name, result in results.items()}
+    return draw_panels('Induction heads: attention to what followed the same token',
+                       [Panel('prefix-matching score', field_maps(results, 'scores'),
+                              'mean attention', 0, 1),
+                        Panel('at the best shift, with lags that differ', best,
+                              'mean attention', 0, 1)])
 
 
 if __name__ == '__main__':
