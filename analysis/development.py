@@ -1,7 +1,7 @@
 """
 When a circuit forms: scores of every checkpoint that a run has kept.
 
-    python train.py config/train_induction.py                   keeps a checkpoint of each evaluation
+    python train.py config/train_induction.py                 keeps each evaluation's checkpoint
     python -m analysis.development out_induction/ckpt.pt
 
 It needs a run with --keep_checkpoints, whose models have two layers or more, and no text.
@@ -10,7 +10,8 @@ It needs a run with --keep_checkpoints, whose models have two layers or more, an
     induction           the most attention of a head to its best shift (induction_heads.py)
     classical           the most attention at shift 1
     previous token      the most attention of a head in the first layer to the token before
-    K-composition       the most of a head of the first layer with one of the second, less chance
+    K-composition       of the second layer's head that induces most with the first layer's that
+                        attends most to as many tokens back as its shift, less chance
                         (composition.py)
     effective rank      of W_Q W_K^T, over head_dim, mean over the heads of the second layer
     outliers            of W_Q W_K^T beyond noise, mean over those heads (spectrum.py)
@@ -80,8 +81,10 @@ def scores_of(subject, config):
     model, c = subject.model, subject.model.config
     copies = copies_with_lags(model, subject.n_vocab, config.sequences, config.seed)
     shifted = shift_scores(subject, config.sequences, config.seed)
-    back = attention_back(model, copies.idx.to(subject.device), 2)
+    back = attention_back(model, copies.idx.to(subject.device), shifted.shape[-1])
     heads = folded_heads(model)
+    reader, before = np.unravel_index(shifted[1, :, 1:].argmax(), shifted[1, :, 1:].shape)
+    carrier = back[0, :, before + 1].argmax()
     composed = compositions(layers(heads, slice(1)), layers(heads, slice(1, 2)))['k']
     means, _ = chance(c.n_embd, c.head_dim, 50, 0)
     basis = joint_reading_space(heads, 1)
@@ -90,7 +93,7 @@ def scores_of(subject, config):
     spectra = of_weights(model)['QK']
     return {'accuracy': copy_accuracy(model, copies), 'induction': shifted[1:, :, 1:].max(),
             'classical': shifted[1:, :, 1].max(), 'previous': back[0, :, 1].max(),
-            'k_composition': composed.max().item() - means['k'],
+            'k_composition': composed[carrier, reader].item() - means['k'],
             'rank': spectra.effective_rank[1].mean() / c.head_dim,
             'outliers': spectra.outliers[1].mean(),
             'keys': used[0].item(), 'values': used[1].item()}
@@ -127,9 +130,9 @@ def table(result):
 
 
 def plot(results):
-    figure = Figure(figsize=(12, 8), layout='constrained')
+    figure = Figure(figsize=(14, 6), layout='constrained')
     figure.suptitle('When the circuit forms')
-    axes = figure.subplots(3, 4, sharex=True).ravel()
+    axes = figure.subplots(2, 5, sharex=True).ravel()
     for number, (name, result) in enumerate(results.items()):
         axes[0].plot(result.iters, [np.nan if x is None else x for x in result.losses],
                      label=name, color=f'C{number}')
@@ -142,10 +145,8 @@ def plot(results):
     axes[0].legend(fontsize=8)
     for ax in axes:
         ax.grid(alpha=0.3)
-        ax.set_visible(bool(ax.lines))
-    for ax in axes[6:10]:
+    for ax in axes[5:]:
         ax.set_xlabel('iteration')
-        ax.xaxis.set_tick_params(labelbottom=True)
     return figure
 
 

@@ -1,0 +1,279 @@
+"""
+What MLA changes inside, on circuits that form in a minute: trains small models with each attention,
+finds the circuit that copies in them, and says what differs, with intervals.
+
+    python study.py --preset=minute        one pair of models, under two minutes on two cores
+    python study.py --preset=evening       ten seeds of each attention, an hour
+    python study.py --preset=night         everything
+
+It needs nothing but this folder. Each model is a cell: an attention, a seed, and what else is not
+as config/train_induction.py has it. A cell is trained by the project's own loop, one thread each,
+as many at once as there are cores. What it found is out_dir/cells/NAME.json, its checkpoints are in
+out_dir/runs/NAME. A cell that is there is not trained again. One that was stopped goes on where it
+was, so the same command carries on after a kill or adds seeds. At the end report.html is written.
+"""
+
+import json
+import os
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from configurator import UserError, check_least, configure, run
+
+import torch
+
+from analysis import development, induction_circuit
+from analysis.program import as_json, load_subject
+from data.induction.prepare import CHARACTERS, draw_sequences
+from data.pipeline import default_workers, worker_pool
+from model import GPT
+from model_mla import GPT_MLA, MultiLatentAttention
+from runtime.checkpoint import checkpoint_path
+from runtime.dataset import write_splits
+from runtime.progress import progress_bar
+from runtime.record import write_file
+from runtime.tokenizer import make_tokenizer
+from train import TrainConfig, launch
+
+RECIPE = 'config/train_induction.py'
+
+
+class SeparateLatents(MultiLatentAttention):
+    """A control: keys read one half of the latent and values the other, so they share nothing."""
+
+    def init_weights(self):
+        super().init_weights()
+        with torch.no_grad():  # what is never read stays 0, so a GPT_MLA computes the same
+            self.key.weight[:, self.n_latent // 2:] = 0
+            self.value.weight[:, :self.n_latent // 2] = 0
+
+    def keys_and_values(self, m, start=0):
+        is_keys = torch.arange(m.size(-1), device=m.device) < self.n_latent // 2
+        return (super().keys_and_values(m * is_keys, start)[0],
+                super().keys_and_values(m * ~is_keys, start)[1])
+
+
+class GPT_SeparateLatents(GPT_MLA):
+    attention_class = SeparateLatents
+
+
+@dataclass(frozen=True)
+class Attention:
+    label: str
+    model_class: type = GPT
+    settings: tuple = ()  # pairs of a key of the model and its value
+
+
+def mla(label, n_latent, model_class=GPT_MLA, **settings):
+    return Attention(label, model_class, (('n_latent', n_latent), *settings.items()))
+
+
+DECOUPLED = dict(rotary='decoupled', n_rotary=8)
+ATTENTIONS = {
+    'mha': Attention('MHA'),
+    'gqa': Attention('GQA, 2 heads', settings=(('n_kv_head', 2),)),
+    **{f'mla{n}': mla(f'MLA {n}', n) for n in (16, 32, 48, 64)},
+    **{f'decoupled{n}': mla(f'MLA {n} decoupled', n, **DECOUPLED) for n in (16, 32, 48)},
+    'separate': mla('MLA 32 + 32 separate', 64, GPT_SeparateLatents),
+    'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
+    'mla_learned': mla('MLA 32, learned positions', 32, rotary='none'),
+}
+PROGRAMS = {GPT: 'train.py', GPT_MLA: 'train_mla.py'}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of the study."""
+    attention: str
+    seed: int
+    variation: str = ''  # of VARIATIONS
+
+    @property
+    def name(self):
+        return '-'.join(filter(None, (self.attention, self.variation, str(self.seed))))
+
+    def arguments(self):
+        """The command line of the trainer."""
+        settings = dict(ATTENTIONS[self.attention].settings) | VARIATIONS[self.variation]
+        settings.pop('task', None)
+        settings.pop('vocabulary', None)
+        return [RECIPE, *(f'--{key}={value}' for key, value in settings.items()),
+                f'--seed={self.seed}']
+
+
+# What is not as the recipe has it. task and vocabulary are those of data/induction/prepare.py.
+VARIATIONS = {
+    '': {},
+    'mlp': dict(mlp=True),
+    'base10000': dict(rotary_base=10000.0),
+    'wide': dict(n_embd=128),
+    'slow': dict(learning_rate=1e-3),
+    'period': dict(task='period'),
+    'cycle': dict(task='cycle'),
+}
+
+
+def grid(attentions, seeds, variations=('',)):
+    """Cells, seed by seed: what is stopped early has as many seeds of each."""
+    return [Cell(attention, seed, variation) for seed in seeds for variation in variations
+            for attention in attentions]
+
+
+MAIN = ['mha', 'mla32', 'decoupled32']
+OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48', 'separate']
+PRESETS = {
+    'minute': grid(['mha', 'decoupled32'], [1]),
+    'evening': [*grid(MAIN, range(1, 11)), *grid(OTHERS, range(1, 6)),
+                *grid(['mha_learned', 'mla_learned'], [1, 2]),
+                *grid(['mha_learned', 'mha'], [1], ['period', 'cycle'])],
+}
+PRESETS['night'] = [*dict.fromkeys([
+    *PRESETS['evening'], *grid(MAIN + OTHERS, range(1, 21)),
+    *grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow']),
+    *grid(['mha_learned', 'mla_learned'], range(1, 6)),
+    *grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle'])])]
+
+
+@dataclass
+class StudyConfig:
+    preset: Literal['minute', 'evening', 'night'] = 'minute'  # how much is trained
+    out_dir: str = 'out_study'  # where models, numbers and report.html go
+    workers: int = default_workers()  # models that are trained at once
+    max_iters: int = 3000  # iterations of each; a circuit that forms later counts as not seen
+    only_report: bool = False  # train nothing, and report what is there
+
+    def __post_init__(self):
+        check_least(self, workers=1, max_iters=1)
+        if not self.out_dir:
+            raise ValueError('out_dir is empty: give a folder')
+
+
+def dataset_of(cell, out_dir):
+    """The folder of the bins that a cell is trained on."""
+    varied = VARIATIONS[cell.variation]
+    task, vocabulary = varied.get('task', 'stretch'), varied.get('vocabulary', 64)
+    return Path(out_dir) / 'data' / f'{task}_{vocabulary}', task, vocabulary
+
+
+def prepare(cells, out_dir):
+    """Write the bins that are missing."""
+    for folder, task, vocabulary in dict.fromkeys(dataset_of(cell, out_dir) for cell in cells):
+        if not (folder / 'val.bin').exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            ids, _ = draw_sequences(task, 170_000, 33, vocabulary, seed=1337)
+            tokenizer = make_tokenizer(CHARACTERS[:vocabulary])
+            with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere):
+                write_splits(folder, ids[:160_000].ravel(), ids[160_000:].ravel(), tokenizer, 33)
+
+
+def train_cell(cell, out_dir, max_iters):
+    """Train a cell, in a process of its own, and take the model apart. Writes its JSON."""
+    torch.set_num_threads(1)
+    attention, folder = ATTENTIONS[cell.attention], Path(out_dir) / 'runs' / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    model_class = attention.model_class
+    # a checkpoint is that of a GPT_MLA, with which the control cannot go on
+    start = 'scratch' if model_class is GPT_SeparateLatents else 'auto'
+    data, task, vocabulary = dataset_of(cell, out_dir)
+    arguments = [*cell.arguments(), f'--max_iters={max_iters}', f'--dataset={data}',
+                 f'--out_dir={folder}', f'--init_from={start}', '--device=cpu']
+    with open(folder / 'log.txt', 'a') as log, redirect_stdout(log), redirect_stderr(log):
+        config, model_args = configure(arguments, TrainConfig, model_class.config_class, bias=False)
+        result = launch(model_class, config, model_args)
+        if result.stopped:
+            return
+        subject = load_subject(str(checkpoint_path(folder, model_class.model_type)), 'cpu')
+        formed = development.analyse(subject, development.Config())
+        circuit = induction_circuit.analyse(subject, induction_circuit.Config())
+    ids, known = draw_sequences(task, 500, 33, vocabulary, seed=1)
+    with torch.no_grad():
+        x = subject.model.embed(torch.from_numpy(ids[:, :-1]))
+        for block in subject.model.transformer.h:
+            x = block(x)
+        guesses = subject.model.unembed(x).argmax(-1).numpy()
+    found = {'cell': asdict(cell), 'max_iters': max_iters, 'torch': torch.__version__,
+             'own_accuracy': float((guesses == ids[:, 1:])[known[:, 1:]].mean()),
+             'ms_per_iter': result.ms_per_iter, 'circuit': circuit, 'development': formed}
+    write_file(cell_file(cell, out_dir), (json.dumps(as_json(found)) + '\n').encode())
+
+
+def cell_file(cell, out_dir):
+    return Path(out_dir) / 'cells' / f'{cell.name}.json'
+
+
+def is_done(cell, config):
+    """Whether a cell has been trained for as many iterations as are wanted, or more."""
+    path = cell_file(cell, config.out_dir)
+    return path.exists() and json.loads(path.read_text())['max_iters'] >= config.max_iters
+
+
+def iterations_of(cell, out_dir):
+    """How far a cell is trained, from its log of metrics."""
+    model_type = ATTENTIONS[cell.attention].model_class.model_type
+    name = 'metrics.jsonl' if model_type == 'gpt' else f'metrics_{model_type}.jsonl'
+    try:
+        with open(Path(out_dir) / 'runs' / cell.name / name) as f:
+            return max((json.loads(line)['iter'] for line in f if line.endswith('\n')), default=0)
+    except OSError:
+        return 0
+
+
+def train_cells(cells, config):
+    """Train cells in parallel processes, with one bar of iterations."""
+    os.environ['OMP_NUM_THREADS'] = '1'  # of the processes to come
+    done, running = 0, {}
+    bar = progress_bar(total=len(cells) * config.max_iters, desc='iterations', unit_scale=True)
+    waiting = list(reversed(cells))
+    with worker_pool(min(config.workers, len(cells))) as pool, bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < config.workers:
+                    cell = waiting.pop()
+                    future = pool.submit(train_cell, cell, config.out_dir, config.max_iters)
+                    running[future] = cell
+                ended, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    future.result()
+                    done += config.max_iters
+                    tell(running.pop(future), config.out_dir)
+                now = done + sum(iterations_of(cell, config.out_dir) for cell in running.values())
+                bar.update(max(0, now - bar.n))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def tell(cell, out_dir):
+    """A line on what a cell has become."""
+    path = cell_file(cell, out_dir)
+    if not path.exists():
+        return
+    circuit = json.loads(path.read_text())['circuit']
+    shift = f" {circuit['shift']}" if circuit['algorithm'] == 'shifted' else ''
+    print(f"{cell.name:<24}{circuit['algorithm'] + shift:<14}copies {circuit['accuracy']:>6.1%}   "
+          f"best head {circuit['score']:.2f}", flush=True)
+
+
+def main():
+    config, _ = configure(sys.argv[1:], StudyConfig)
+    began, cells = time.time(), PRESETS[config.preset]
+    try:
+        (Path(config.out_dir) / 'cells').mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror}): give '
+                        'another') from None
+    missing = [cell for cell in cells if not is_done(cell, config)]
+    print(f'{len(cells)} cells, {len(missing)} to train, {config.max_iters:,} iterations each')
+    if missing and not config.only_report:
+        prepare(missing, config.out_dir)
+        train_cells(missing, config)
+    print(f'took {(time.time() - began) / 60:.1f} minutes')
+
+
+if __name__ == '__main__':
+    run(main)
