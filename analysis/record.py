@@ -50,17 +50,28 @@ def record(model, idx, edit=None):
 def run_from(model, x, layer, edit=None):
     """As record, from the residual stream x (B, T, n_embd) that enters the block number layer."""
     for number in range(layer, len(model.transformer.h)):
-        block = model.transformer.h[number]
-        q, k, v = block.attn.heads(block.ln_1(x))
-        n_head = q.size(1)
-        z = attend(q, k, v).unflatten(-1, (n_head, -1)).transpose(1, 2)  # (B, n_head, T, head_dim)
-        if edit is not None:
-            z = edit(number, z)
-        attention_out = block.attn.c_proj(z.transpose(1, 2).flatten(2))
-        mlp_out = block.mlp_out(x + attention_out)
-        after = x + attention_out + mlp_out
-        yield BlockRecord(number, x, q, k, v, z, attention_out, mlp_out, after)
-        x = after
+        block = run_block(model, number, x, edit)
+        yield block
+        x = block.after
+
+
+def run_block(model, number, x, edit=None, reads=None):
+    """The BlockRecord of the block number, which x (B, T, n_embd) enters. edit is record's. reads,
+    if given, returns from the input of the attention (B, T, n_embd) what keys and values are read
+    from in its place. Queries and a shared rotary key still read the input."""
+    block = model.transformer.h[number]
+    q, k, v = block.attn.heads(read := block.ln_1(x))
+    if reads is not None:
+        _, content, v = block.attn.heads(reads(read))
+        width = v.size(-1)  # of the content part of a key
+        k = torch.cat((content[..., :width], k[..., width:]), dim=-1)
+    z = attend(q, k, v).unflatten(-1, (q.size(1), -1)).transpose(1, 2)  # (B, n_head, T, head_dim)
+    if edit is not None:
+        z = edit(number, z)
+    attention_out = block.attn.c_proj(z.transpose(1, 2).flatten(2))
+    mlp_out = block.mlp_out(x + attention_out)
+    after = x + attention_out + mlp_out
+    return BlockRecord(number, x, q, k, v, z, attention_out, mlp_out, after)
 
 
 def edit_head(layer, head, change):

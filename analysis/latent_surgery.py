@@ -1,0 +1,244 @@
+"""
+What is in the latent: remove a few of its directions, and see whether the model still copies.
+
+    python -m analysis.latent_surgery out_study/runs/decoupled32-1/ckpt_mla.pt
+
+It needs a model of a context of 4 tokens or more, and no text. The keys and values of a layer read
+some directions of the residual stream: n_latent of them in MLA, which is the latent, and in MHA up
+to all of them. That space is the same however the weights divide the work, so it stands for the
+latent in both. To remove directions of it is to hold what keys and values read of the stream there
+at its mean. Queries, and the shared rotary key of a decoupled MLA, still read everything.
+
+The fewest directions that cost 90 % of copy accuracy are searched for by gradient ascent on the
+loss of the copied tokens (as Geiger et al. 2023 search for subspaces to patch, "Finding Alignments
+Between Interpretable Causal Variables and Distributed Neural Representations"), on other sequences
+than those that are counted. Fewer may do that were not found. Beside them stand as many directions
+drawn at random, and as many of the most variance.
+
+Last, what keys and values read in the found directions is patched from another prompt, which copies
+other tokens between the same places.
+"""
+
+from dataclasses import dataclass
+
+from configurator import UserError, run
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+from analysis.circuits import orthonormal
+from analysis.induction_heads import copies_with_lags
+from analysis.program import AnalysisConfig, main
+from analysis.record import record, run_block
+from runtime.progress import progress_bar
+
+COUNTS = (*range(1, 9), 10, 12, *range(16, 33, 4), 40, 48, 56, 64, 96, 128, 256, 512, 1024)
+STEPS, RATE, DRAWS = 40, 0.1, 8  # of the ascent; random subspaces
+CHOICES = ('found', 'variance', 'random')
+
+
+@dataclass
+class Config(AnalysisConfig):
+    sequences: int = 200  # random sequences on which accuracy is counted
+    search: int = 64  # other sequences, on which directions are searched for
+    cost: float = 0.9  # the part of copy accuracy that removal is to cost
+    most: int = 64  # directions that are removed at most
+    least = dict(sequences=1, search=1, most=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.cost < 1:
+            raise ValueError(f'cost={self.cost} must be above 0 and below 1')
+
+
+@dataclass
+class Surgery:
+    accuracy: float  # of copying, by the whole model
+    chance: float  # accuracy of a guess
+    cost: float
+    dimensions: list  # of each layer: how many directions its keys and values read
+    counts: list  # of each layer: how many directions were removed
+    left: list  # of each layer, by the names in CHOICES: the accuracy after each removal; for
+                # 'found', None past the first that costs enough
+    needed: list  # of each layer, by the same names: the fewest of counts that cost enough, or None
+    patched: list  # of each layer: accuracy after a patch in the found directions, and how often
+                   # the model says the other prompt's token; None where none was found
+
+
+def reading_basis(attention):
+    """An orthonormal basis (n_embd, rank) of what keys and values read of the attention's input."""
+    _, W_K, W_V, _ = attention.head_weights()
+    return orthonormal(torch.cat([*W_K, *W_V], dim=-1).double()).to(W_K.dtype)
+
+
+def held(B, value):
+    """What run_block's reads may be: x (B, T, n_embd) with value, (B, T, k) or what is like it, for
+    what x has in the directions B (n_embd, k)."""
+    return lambda x: x + (value - x @ B) @ B.mT
+
+
+class Layer:
+    """A layer of a model on some Copies, of which keys and values may be edited."""
+
+    def __init__(self, model, number, copies):
+        self.model, self.number = model, number
+        self.idx = copies.idx.to(model.lm_head.weight.device)
+        self.places = copies.queries()[:, :-1].to(self.idx.device)  # whose next tokens are known
+        self.targets = self.idx.gather(1, self.places + 1)
+        self.entering = [block.before for block in record(model, self.idx)][number]
+        with torch.no_grad():
+            self.read = model.transformer.h[number].ln_1(self.entering)
+        self.mean = self.read.mean((0, 1))
+
+    def logits(self, reads=None):
+        """At the places (sequences, length - 1, vocab_size), with reads as run_block takes it."""
+        x = run_block(self.model, self.number, self.entering, reads=reads).after
+        for number in range(self.number + 1, len(self.model.transformer.h)):
+            x = run_block(self.model, number, x).after
+        rows = self.places.unsqueeze(-1).expand(-1, -1, x.size(-1))
+        return self.model.unembed(x.gather(1, rows))
+
+    def without(self, B):
+        """reads that hold the directions B at their mean."""
+        return held(B, self.mean @ B)
+
+    @torch.no_grad()
+    def accuracy(self, reads=None, targets=None):
+        targets = self.targets if targets is None else targets
+        return float((self.logits(reads).argmax(-1) == targets).double().mean())
+
+
+def loss_without(layer, B):
+    """The loss of the copied tokens without the directions B (n_embd, k)."""
+    logits = layer.logits(layer.without(B))
+    return F.cross_entropy(logits.flatten(0, 1), layer.targets.flatten())
+
+
+def search(layer, basis, start, by_variance):
+    """Directions (n_embd, k + 1) in basis whose removal raises the loss. The ascent begins with the
+    k of start (n_embd, k) and the steepest further one, or with those of the most variance."""
+    n = start.size(1) + 1
+    begins = [basis.mT @ by_variance[:, :n],
+              torch.cat([basis.mT @ start, steepest(layer, basis, start)], dim=-1)]  # (rank, n)
+    with torch.no_grad():
+        A = max(begins, key=lambda A: loss_without(layer, basis @ torch.linalg.qr(A).Q).item())
+    A.requires_grad_()
+    optimizer = torch.optim.Adam([A], lr=RATE / A.size(0) ** 0.5)
+    for _ in range(STEPS):
+        A.grad, = torch.autograd.grad(-loss_without(layer, basis @ torch.linalg.qr(A).Q), A)
+        optimizer.step()
+    return basis @ torch.linalg.qr(A.detach()).Q
+
+
+def steepest(layer, basis, without):
+    """The direction (rank, 1) in basis whose removal raises the loss most to first order, where the
+    directions without are removed already: of -E[g x^T], made symmetric, the largest eigenvector,
+    for what is read, x, and the gradient of the loss, g."""
+    read = (layer.read - (layer.read - layer.mean) @ without @ without.mT).requires_grad_()
+    logits = layer.logits(lambda x: read)
+    loss = F.cross_entropy(logits.flatten(0, 1), layer.targets.flatten())
+    g, = torch.autograd.grad(loss, read)
+    g, x = ((part - mean).flatten(0, 1) @ basis for part, mean in ((g, 0), (read, layer.mean)))
+    M = -g.mT @ x.detach()
+    return torch.linalg.eigh(M + M.mT).eigenvectors[:, -1:]
+
+
+def most_variance(layer, basis):
+    """The directions (n_embd, rank) in basis, those of the most variance of what is read first."""
+    x = ((layer.read - layer.mean) @ basis).flatten(0, 1)
+    return basis @ torch.linalg.eigh(x.mT @ x).eigenvectors.flip(-1)
+
+
+def operate(model, number, seen, counted, other, config, bar):
+    """The dimensions, counts, left, needed and patched of one layer, as Surgery has them. seen are
+    the Copies to search on, counted and other, with the same places, those to count on."""
+    with torch.no_grad():
+        basis = reading_basis(model.transformer.h[number].attn)
+    rank = basis.size(1)
+    counts = [n for n in COUNTS if n <= min(rank, config.most)]
+    if rank <= config.most and rank not in counts:
+        counts.append(rank)
+    searched, layer = Layer(model, number, seen), Layer(model, number, counted)
+    limit = (1 - config.cost) * layer.accuracy()
+
+    by_variance = most_variance(searched, basis)
+    rng = torch.Generator().manual_seed(config.seed)
+    draws = [basis @ torch.linalg.qr(torch.randn(rank, rank, generator=rng).to(basis)).Q
+             for _ in range(DRAWS)]
+    left = {'variance': [layer.accuracy(layer.without(by_variance[:, :n])) for n in counts],
+            'random': [float(np.mean([layer.accuracy(layer.without(B[:, :n])) for B in draws]))
+                       for n in counts], 'found': [None] * len(counts)}
+    B, patched = basis[:, :0], None
+    while B.size(1) < counts[-1]:
+        B = search(searched, basis, B, by_variance)
+        bar.set_description(f'layer {number}, {B.size(1)} directions')
+        if B.size(1) in counts:
+            place = counts.index(B.size(1))
+            left['found'][place] = layer.accuracy(layer.without(B))
+            if left['found'][place] <= limit:
+                theirs = Layer(model, number, other)
+                patch = held(B, theirs.read @ B)
+                patched = [layer.accuracy(patch), layer.accuracy(patch, theirs.targets)]
+                break
+    needed = {name: next((n for n, value in zip(counts, left[name])
+                          if value is not None and value <= limit), None) for name in CHOICES}
+    return rank, counts, left, needed, patched
+
+
+def analyse(subject, config):
+    model = subject.model
+    if model.config.block_size < 4:
+        raise UserError(f'block_size={model.config.block_size} has no room for two copies of two '
+                        'tokens: take a model with 4 or more')
+    counted, seen, other = (
+        copies_with_lags(model, subject.n_vocab, n, config.seed + i)
+        for i, n in enumerate((config.sequences, config.search, config.sequences)))
+    other.first, other.lag = counted.first, counted.lag
+    other.idx.scatter_(1, other.queries(), other.idx.gather(1, other.keys(1)[..., 0]))
+    bar = progress_bar(range(model.config.n_layer), 'surgery')
+    parts = [operate(model, number, seen, counted, other, config, bar) for number in bar]
+    whole = Layer(model, 0, counted).accuracy()
+    return Surgery(whole, 1 / subject.n_vocab, config.cost, *map(list, zip(*parts)))
+
+
+def table(result):
+    lines = [f'copy accuracy {result.accuracy:.3f}, chance {result.chance:.3f}',
+             f'directions whose removal costs {result.cost:.0%} of it',
+             f'{"layer":>6}{"of":>7}{"found":>9}{"variance":>11}{"random":>9}']
+    for layer, (n, needed) in enumerate(zip(result.dimensions, result.needed)):
+        most = result.counts[layer][-1]
+        cells = [str(needed[name] or f'> {most}') for name in CHOICES]
+        lines.append(f'{layer:>6}{n:>7}{cells[0]:>9}{cells[1]:>11}{cells[2]:>9}')
+    for layer, patched in enumerate(result.patched):
+        if patched:
+            lines.append(f"layer {layer}, found directions patched from another prompt: accuracy "
+                         f"{patched[0]:.3f}, the other's token {patched[1]:.3f}")
+    return '\n'.join(lines)
+
+
+def plot(results):
+    n_layer = max(len(result.counts) for result in results.values())
+    figure = Figure(figsize=(1.5 + 4.5 * n_layer, 4), layout='constrained')
+    figure.suptitle('Copy accuracy without directions of what keys and values read')
+    axes = figure.subplots(1, n_layer, sharey=True, squeeze=False)[0]
+    marks = {'found': 'o-', 'variance': 's--', 'random': '^:'}
+    for number, (name, result) in enumerate(results.items()):
+        for layer, (counts, left) in enumerate(zip(result.counts, result.left)):
+            for choice, mark in marks.items():
+                points = [(n, value) for n, value in zip(counts, left[choice]) if value is not None]
+                axes[layer].plot(*zip(*[(0, result.accuracy), *points]), mark, ms=4,
+                                 color=f'C{number}', label=f'{name}, {choice}')
+    for layer, ax in enumerate(axes):
+        ax.set(title=f'layer {layer}', xlabel='directions removed', ylim=(-0.02, 1.02))
+        ax.set_xscale('symlog', linthresh=8, base=2)
+        ax.set_xticks([0, 2, 4, 8, 16, 32, 64], [0, 2, 4, 8, 16, 32, 64])
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel('copy accuracy')
+    axes[-1].legend(fontsize=8)
+    return figure
+
+
+if __name__ == '__main__':
+    run(lambda: main('latent_surgery', Config, analyse, table, plot))
