@@ -27,10 +27,10 @@ from configurator import UserError, check_least, configure, run
 
 import torch
 
-from analysis import development, induction_circuit
+from analysis import development, induction_circuit, latent_surgery
 from analysis.program import as_json, load_subject
 from data.induction.prepare import CHARACTERS, draw_sequences
-from data.pipeline import default_workers, worker_pool
+from data.pipeline import default_workers, in_workers, worker_pool
 from model import GPT
 from model_mla import GPT_MLA, MultiLatentAttention
 from runtime.checkpoint import checkpoint_path
@@ -38,6 +38,7 @@ from runtime.dataset import write_splits
 from runtime.progress import progress_bar
 from runtime.record import write_file
 from runtime.tokenizer import make_tokenizer
+from study_report import write_report
 from train import TrainConfig, launch
 
 RECIPE = 'config/train_induction.py'
@@ -202,8 +203,28 @@ def train_cell(cell, out_dir, max_iters):
     write_file(cell_file(cell, out_dir), (json.dumps(as_json(found)) + '\n').encode())
 
 
-def cell_file(cell, out_dir):
-    return Path(out_dir) / 'cells' / f'{cell.name}.json'
+def operate_cell(cell, out_dir):
+    """The surgery on a trained cell that copies, in a process of its own. Writes its JSON."""
+    torch.set_num_threads(1)
+    model_type = ATTENTIONS[cell.attention].model_class.model_type
+    path = checkpoint_path(Path(out_dir) / 'runs' / cell.name, model_type)
+    with open(path.parent / 'log.txt', 'a') as log, redirect_stderr(log):
+        result = latent_surgery.analyse(load_subject(str(path), 'cpu'), latent_surgery.Config())
+    found = {'cell': asdict(cell), 'surgery': result}
+    write_file(cell_file(cell, out_dir, 'surgery'), (json.dumps(as_json(found)) + '\n').encode())
+
+
+def cell_file(cell, out_dir, kind='cells'):
+    return Path(out_dir) / kind / f'{cell.name}.json'
+
+
+def to_operate(cells, out_dir):
+    """Those of cells on which surgery is to be done: trained ones that copy."""
+    def copies(cell):
+        path = cell_file(cell, out_dir)
+        return path.exists() and json.loads(path.read_text())['circuit']['accuracy'] >= 0.5
+    return [cell for cell in cells if cell.attention in MAIN and not cell.variation
+            and not cell_file(cell, out_dir, 'surgery').exists() and copies(cell)]
 
 
 def is_done(cell, config):
@@ -263,7 +284,8 @@ def main():
     config, _ = configure(sys.argv[1:], StudyConfig)
     began, cells = time.time(), PRESETS[config.preset]
     try:
-        (Path(config.out_dir) / 'cells').mkdir(parents=True, exist_ok=True)
+        for kind in ('cells', 'surgery'):
+            (Path(config.out_dir) / kind).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror}): give '
                         'another') from None
@@ -272,7 +294,15 @@ def main():
     if missing and not config.only_report:
         prepare(missing, config.out_dir)
         train_cells(missing, config)
-    print(f'took {(time.time() - began) / 60:.1f} minutes')
+    operated = to_operate(cells, config.out_dir) if config.preset != 'minute' else []
+    if operated and not config.only_report:
+        print(f'{len(operated)} to operate on')
+        with worker_pool(min(config.workers, len(operated))) as pool:
+            in_workers(pool, operate_cell, [((cell, config.out_dir), 1) for cell in operated],
+                       desc='surgery')
+    labels = {name: attention.label for name, attention in ATTENTIONS.items()}
+    path = write_report(config.out_dir, labels, f'python study.py --preset={config.preset}')
+    print(f'saved {path}, {(time.time() - began) / 60:.1f} minutes')
 
 
 if __name__ == '__main__':

@@ -9,6 +9,11 @@ to all of them. That space is the same however the weights divide the work, so i
 latent in both. To remove directions of it is to hold what keys and values read of the stream there
 at its mean. Queries, and the shared rotary key of a decoupled MLA, still read everything.
 
+Directions are at right angles where what is read along them is uncorrelated: the space is whitened
+first, as Belrose et al. 2023 do ("LEACE: Perfect linear concept erasure in closed form"). In the
+space as it is, to remove a direction can bring in noise from another one of more variance, which
+does harm without removing what is asked about.
+
 The fewest directions that cost 90 % of copy accuracy are searched for by gradient ascent on the
 loss of the copied tokens (as Geiger et al. 2023 search for subspaces to patch, "Finding Alignments
 Between Interpretable Causal Variables and Distributed Neural Representations"), on other sequences
@@ -73,10 +78,33 @@ def reading_basis(attention):
     return orthonormal(torch.cat([*W_K, *W_V], dim=-1).double()).to(W_K.dtype)
 
 
-def held(B, value):
-    """What run_block's reads may be: x (B, T, n_embd) with value, (B, T, k) or what is like it, for
-    what x has in the directions B (n_embd, k)."""
-    return lambda x: x + (value - x @ B) @ B.mT
+class Space:
+    """What keys and values of a layer read, whitened: y = (x - mean) B / scale for what is read, x
+    (B, T, n_embd). The axes of y are those of the most variance of x, first."""
+
+    def __init__(self, read, basis):
+        """read (B, T, n_embd) is what is seen to be read, basis (n_embd, rank) the directions in
+        which. Those without variance are left out."""
+        self.mean = read.mean((0, 1))
+        z = ((read - self.mean) @ basis).flatten(0, 1).double()
+        variance, axes = torch.linalg.eigh(z.mT @ z / len(z))
+        seen = variance > variance.max() * 1e-9
+        self.scale = variance[seen].flip(-1).sqrt().to(read.dtype)  # (rank,)
+        self.B = basis @ axes[:, seen].flip(-1).to(read.dtype)  # (n_embd, rank)
+        self.rank = len(self.scale)
+
+    def white(self, x):
+        return (x - self.mean) @ self.B / self.scale
+
+    def held(self, V, y=0):
+        """What run_block's reads may be: what x has in the directions V (rank, k) of the whitened
+        space becomes that of y (B, T, rank), by default its mean."""
+        return lambda x: x + ((y - self.white(x)) @ V @ V.mT * self.scale) @ self.B.mT
+
+    def random(self, generator):
+        """A random basis (rank, rank) of the whitened space."""
+        draw = torch.randn(self.rank, self.rank, generator=generator)
+        return torch.linalg.qr(draw.to(self.B)).Q
 
 
 class Layer:
@@ -90,7 +118,6 @@ class Layer:
         self.entering = [block.before for block in record(model, self.idx)][number]
         with torch.no_grad():
             self.read = model.transformer.h[number].ln_1(self.entering)
-        self.mean = self.read.mean((0, 1))
 
     def logits(self, reads=None):
         """At the places (sequences, length - 1, vocab_size), with reads as run_block takes it."""
@@ -100,9 +127,9 @@ class Layer:
         rows = self.places.unsqueeze(-1).expand(-1, -1, x.size(-1))
         return self.model.unembed(x.gather(1, rows))
 
-    def without(self, B):
-        """reads that hold the directions B at their mean."""
-        return held(B, self.mean @ B)
+    def loss(self, reads=None):
+        """Of the copied tokens, in nats."""
+        return F.cross_entropy(self.logits(reads).flatten(0, 1), self.targets.flatten())
 
     @torch.no_grad()
     def accuracy(self, reads=None, targets=None):
@@ -110,81 +137,65 @@ class Layer:
         return float((self.logits(reads).argmax(-1) == targets).double().mean())
 
 
-def loss_without(layer, B):
-    """The loss of the copied tokens without the directions B (n_embd, k)."""
-    logits = layer.logits(layer.without(B))
-    return F.cross_entropy(logits.flatten(0, 1), layer.targets.flatten())
-
-
-def search(layer, basis, start, by_variance):
-    """Directions (n_embd, k + 1) in basis whose removal raises the loss. The ascent begins with the
-    k of start (n_embd, k) and the steepest further one, or with those of the most variance."""
+def search(layer, space, start):
+    """Directions (rank, k + 1) of a Space whose removal raises the loss. The ascent begins with the
+    k of start (rank, k) and the steepest further one, or with those of the most variance."""
     n = start.size(1) + 1
-    begins = [basis.mT @ by_variance[:, :n],
-              torch.cat([basis.mT @ start, steepest(layer, basis, start)], dim=-1)]  # (rank, n)
+    begins = [torch.eye(space.rank)[:, :n].to(start),
+              torch.linalg.qr(torch.cat([start, steepest(layer, space, start)], dim=-1)).Q]
     with torch.no_grad():
-        A = max(begins, key=lambda A: loss_without(layer, basis @ torch.linalg.qr(A).Q).item())
+        A = max(begins, key=lambda V: layer.loss(space.held(V)).item()).clone()
     A.requires_grad_()
-    optimizer = torch.optim.Adam([A], lr=RATE / A.size(0) ** 0.5)
+    optimizer = torch.optim.Adam([A], lr=RATE / space.rank ** 0.5)
     for _ in range(STEPS):
-        A.grad, = torch.autograd.grad(-loss_without(layer, basis @ torch.linalg.qr(A).Q), A)
+        A.grad, = torch.autograd.grad(-layer.loss(space.held(torch.linalg.qr(A).Q)), A)
         optimizer.step()
-    return basis @ torch.linalg.qr(A.detach()).Q
+    return torch.linalg.qr(A.detach()).Q
 
 
-def steepest(layer, basis, without):
-    """The direction (rank, 1) in basis whose removal raises the loss most to first order, where the
-    directions without are removed already: of -E[g x^T], made symmetric, the largest eigenvector,
-    for what is read, x, and the gradient of the loss, g."""
-    read = (layer.read - (layer.read - layer.mean) @ without @ without.mT).requires_grad_()
-    logits = layer.logits(lambda x: read)
-    loss = F.cross_entropy(logits.flatten(0, 1), layer.targets.flatten())
-    g, = torch.autograd.grad(loss, read)
-    g, x = ((part - mean).flatten(0, 1) @ basis for part, mean in ((g, 0), (read, layer.mean)))
-    M = -g.mT @ x.detach()
+def steepest(layer, space, without):
+    """The direction (rank, 1) whose removal raises the loss most to first order, where the
+    directions without (rank, k) are removed already: of -E[g y^T], made symmetric, the largest
+    eigenvector, for the whitened y and the gradient of the loss by it, g."""
+    y = space.white(space.held(without)(layer.read)).requires_grad_()
+    g, = torch.autograd.grad(layer.loss(
+        lambda x: x + ((y - space.white(x)) * space.scale) @ space.B.mT), y)
+    M = -g.flatten(0, 1).mT @ y.detach().flatten(0, 1)
     return torch.linalg.eigh(M + M.mT).eigenvectors[:, -1:]
-
-
-def most_variance(layer, basis):
-    """The directions (n_embd, rank) in basis, those of the most variance of what is read first."""
-    x = ((layer.read - layer.mean) @ basis).flatten(0, 1)
-    return basis @ torch.linalg.eigh(x.mT @ x).eigenvectors.flip(-1)
 
 
 def operate(model, number, seen, counted, other, config, bar):
     """The dimensions, counts, left, needed and patched of one layer, as Surgery has them. seen are
     the Copies to search on, counted and other, with the same places, those to count on."""
-    with torch.no_grad():
-        basis = reading_basis(model.transformer.h[number].attn)
-    rank = basis.size(1)
-    counts = [n for n in COUNTS if n <= min(rank, config.most)]
-    if rank <= config.most and rank not in counts:
-        counts.append(rank)
     searched, layer = Layer(model, number, seen), Layer(model, number, counted)
+    with torch.no_grad():
+        space = Space(searched.read, reading_basis(model.transformer.h[number].attn))
+    counts = [n for n in COUNTS if n <= min(space.rank, config.most)]
+    if counts[-1] < space.rank <= config.most:
+        counts.append(space.rank)
     limit = (1 - config.cost) * layer.accuracy()
 
-    by_variance = most_variance(searched, basis)
-    rng = torch.Generator().manual_seed(config.seed)
-    draws = [basis @ torch.linalg.qr(torch.randn(rank, rank, generator=rng).to(basis)).Q
-             for _ in range(DRAWS)]
-    left = {'variance': [layer.accuracy(layer.without(by_variance[:, :n])) for n in counts],
-            'random': [float(np.mean([layer.accuracy(layer.without(B[:, :n])) for B in draws]))
+    generator = torch.Generator().manual_seed(config.seed)
+    draws = [space.random(generator) for _ in range(DRAWS)]
+    variance = torch.eye(space.rank).to(space.B)
+    left = {'variance': [layer.accuracy(space.held(variance[:, :n])) for n in counts],
+            'random': [float(np.mean([layer.accuracy(space.held(V[:, :n])) for V in draws]))
                        for n in counts], 'found': [None] * len(counts)}
-    B, patched = basis[:, :0], None
-    while B.size(1) < counts[-1]:
-        B = search(searched, basis, B, by_variance)
-        bar.set_description(f'layer {number}, {B.size(1)} directions')
-        if B.size(1) in counts:
-            place = counts.index(B.size(1))
-            left['found'][place] = layer.accuracy(layer.without(B))
+    V, patched = variance[:, :0], None
+    while V.size(1) < counts[-1]:
+        V = search(searched, space, V)
+        bar.set_description(f'layer {number}, {V.size(1)} directions')
+        if V.size(1) in counts:
+            place = counts.index(V.size(1))
+            left['found'][place] = layer.accuracy(space.held(V))
             if left['found'][place] <= limit:
                 theirs = Layer(model, number, other)
-                patch = held(B, theirs.read @ B)
+                patch = space.held(V, space.white(theirs.read))
                 patched = [layer.accuracy(patch), layer.accuracy(patch, theirs.targets)]
                 break
     needed = {name: next((n for n, value in zip(counts, left[name])
                           if value is not None and value <= limit), None) for name in CHOICES}
-    return rank, counts, left, needed, patched
+    return space.rank, counts, left, needed, patched
 
 
 def analyse(subject, config):

@@ -53,7 +53,7 @@ PARTS = {
         'and scale.',
 }
 PAGE = '''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>MHA and MLA taken apart</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font-family: sans-serif; max-width: 1500px; margin: 2em auto; padding: 0 1em; \
 line-height: 1.45; }}
 pre {{ background: #f5f5f5; padding: 0.8em; overflow-x: auto; font-size: 0.8em; \
@@ -180,7 +180,7 @@ def main():
             print(f'{name}: left out for {line}')
         body.append(section(name, module, results, left_out, out_dir))
     with program.writing_to(out_dir):
-        page = PAGE.format(body='\n'.join(body))
+        page = PAGE.format(title='MHA and MLA taken apart', body='\n'.join(body))
         (out_dir / 'report.html').write_text(page, encoding='utf-8')
     print(f'saved {out_dir / "report.html"}')
 

@@ -46,6 +46,44 @@ def induction_model():
     return model
 
 
+def copying_model(shift):
+    """Two layers of attention alone that copy by a circuit of a known shift. Head 0.0 attends shift
+    tokens back and head 0.1 shift - 1 back; each writes which token that was. Head 1.0 attends to
+    where head 0.0 found the current token, and says what head 0.1 found there. All other heads
+    attend evenly and write nothing.
+
+    Tokens, positions and the two tokens that are carried are unit vectors in parts of the residual
+    stream of their own, as in induction_model.
+    """
+    n, T = 40, 32  # tokens of the vocabulary; places
+    width = 4 * n  # each head holds n tokens
+    config = GPTConfig(block_size=T, vocab_size=n, n_layer=2, n_head=4, n_embd=width, bias=False)
+    model, rest = GPT(config).eval(), width - 1
+    for name, p in model.named_parameters():
+        p.data.fill_(1.0 if 'ln_' in name else 0.0)
+    token, key, value = range(0, n), range(n + T, 2 * n + T), range(2 * n + T, 3 * n + T)
+    wte, wpe = model.transformer.wte.weight.data, model.transformer.wpe.weight.data
+    wte[:, token], wte[:, rest] = torch.eye(n), -1
+    wpe[:, n:n + T], wpe[:, rest] = torch.eye(T), -1
+    first, second = (block.attn for block in model.transformer.h)
+    d = config.head_dim
+    W_Q, W_K, W_V = first.c_attn.weight.data.split(width)
+    for head, (back, to) in enumerate(((shift, key), (shift - 1, value))):
+        rows = slice(head * d, head * d + T)
+        # place i asks for i - back, and the first ones for the first place
+        asks = torch.eye(T)[(torch.arange(T) - back).clamp_min(0)].T
+        W_Q[rows, n:n + T], W_K[rows, n:n + T] = 10 * asks, 10 * torch.eye(T)
+        W_V[head * d:head * d + n, token] = torch.eye(n)
+        first.c_proj.weight.data[to, head * d:head * d + n] = torch.eye(n)
+        first.c_proj.weight.data[rest, head * d:head * d + n] = -1
+    W_Q, W_K, W_V = second.c_attn.weight.data.split(width)
+    W_Q[:n, token], W_K[:n, key], W_V[:n, value] = (torch.eye(n) * scale for scale in (10, 10, 1))
+    W_K[:n, n:n + shift] = -10  # the first places have nothing so far back
+    second.c_proj.weight.data[token, :n] = 10 * torch.eye(n)
+    second.c_proj.weight.data[rest, :n] = -10
+    return model
+
+
 def random_model(model_class, **settings):
     """A tiny_model in which nothing is at its special initial value."""
     model = tiny_model(model_class, **settings)

@@ -1,0 +1,425 @@
+"""
+The report of the study: what the cells in a folder say, as one page. Every sentence is made from
+the numbers, so another run cannot leave a false one standing. study.py writes it at its end.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis.development import first_above
+from analysis.report import PAGE
+from analysis.statistics import logrank_p, mean, paired, paired_shares, share, survival
+
+ALGORITHMS = {'classical': '#0072B2', 'shifted': '#E69F00', 'unnamed': '#999999', 'none': '#dddddd'}
+COLOURS = ['#0072B2', '#D55E00', '#CC79A7', '#009E73', '#E69F00', '#56B4E9', '#000000', '#999999',
+           '#8c564b', '#117733', '#882255', '#DDCC77']
+FORMED = 0.4  # attention of a head at its best shift from which induction has formed
+PAIRS = 3  # pairs of seeds from which a difference is spoken of
+
+
+@dataclass
+class Finding:
+    """What the page says on one question."""
+    title: str
+    claims: list = field(default_factory=list)  # sentences, each from numbers
+    rows: list = field(default_factory=list)  # a table, its headings first
+    figure: Figure | None = None
+
+
+@dataclass
+class Study:
+    """The cells of a folder."""
+    cells: dict  # (attention, variation) -> seed -> what the cell has found
+    surgery: dict  # the same of latent_surgery
+    labels: dict  # of the attentions, in the order of the page
+
+    def of(self, attention, variation=''):
+        return self.cells.get((attention, variation), {})
+
+    def pairs(self, one, other, variation=''):
+        """The cells of two attentions with the same seeds, two lists."""
+        a, b = self.of(one, variation), self.of(other, variation)
+        seeds = sorted(a.keys() & b.keys())
+        return [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+
+    def present(self, variation=''):
+        return [name for name in self.labels if self.of(name, variation)]
+
+
+def read_study(out_dir, labels):
+    folders = {}
+    for kind in ('cells', 'surgery'):
+        found = defaultdict(dict)
+        for path in sorted((Path(out_dir) / kind).glob('*.json')):
+            content = json.loads(path.read_text())
+            cell = content['cell']
+            found[cell['attention'], cell['variation']][cell['seed']] = content
+        folders[kind] = dict(found)
+    return Study(folders['cells'], folders['surgery'], labels)
+
+
+def emergence(cell):
+    """The iteration at which a head has formed, None if not by the end."""
+    formed = cell['development']
+    return first_above(formed['iters'], formed['scores']['induction'], FORMED)
+
+
+def is_classical(cell):
+    return cell['circuit']['algorithm'] == 'classical'
+
+
+def compared(estimate, more, less, same, form='{:+.2f}'):
+    """The sentence that an Estimate of a difference allows, with its numbers. Its interval decides
+    which of three it is."""
+    sentence = {1: more, -1: less, 0: f'No difference seen: {same}'}[estimate.sign()]
+    return f'{sentence}: {estimate.text(form)}, {estimate.n} pairs of seeds.'
+
+
+def learning(study, variation=''):
+    """When each model learns to copy."""
+    names = study.present(variation)
+    finding = Finding('How the models learn to copy')
+    figure = Figure(figsize=(12, 4), layout='constrained')
+    axes = figure.subplots(1, 3)
+    for ax, (key, title) in zip(axes, (('losses', 'val loss, nats'), ('accuracy', 'copy accuracy'),
+                                       ('induction', 'attention of the best head to its shift'))):
+        for number, name in enumerate(names):
+            for i, cell in enumerate(study.of(name, variation).values()):
+                formed = cell['development']
+                values = formed['losses'] if key == 'losses' else formed['scores'][key]
+                ax.plot(formed['iters'], [math.nan if x is None else x for x in values], lw=1.2,
+                        alpha=0.8, color=COLOURS[number],
+                        label=None if i else study.labels[name])
+        ax.set(title=title, xlabel='iteration')
+        if key != 'losses':
+            ax.set_ylim(-0.02, 1.02)
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    finding.figure = figure
+    finding.rows = [['attention', 'seeds', 'copies, mean (95 %)', 'val loss, mean (95 %)']]
+    for name in names:
+        cells = study.of(name, variation).values()
+        finding.rows.append([
+            study.labels[name], len(cells),
+            mean([cell['circuit']['accuracy'] for cell in cells]).text('{:.3f}'),
+            mean([cell['development']['losses'][-1] for cell in cells]).text('{:.3f}')])
+    return finding
+
+
+def algorithms(study, variation=''):
+    """Which circuit each attention ends in."""
+    names = study.present(variation)
+    finding = Finding('Which circuit copies')
+    figure = Figure(figsize=(9, 0.8 + 0.36 * len(names)), layout='constrained')
+    ax = figure.subplots()
+    finding.rows = [['attention', 'seeds', *ALGORITHMS, 'shifts', 'a head above 0.8 (95 %)']]
+    for place, name in enumerate(names):
+        circuits = [cell['circuit'] for cell in study.of(name, variation).values()]
+        counts = {key: sum(c['algorithm'] == key for c in circuits) for key in ALGORITHMS}
+        left = 0
+        for key, colour in ALGORITHMS.items():
+            part = counts[key] / len(circuits)
+            ax.barh(place, part, left=left, color=colour, edgecolor='white',
+                    label=key if place == 0 else None)
+            if counts[key]:
+                ax.text(left + part / 2, place, counts[key], ha='center', va='center', fontsize=8,
+                        color='white' if key == 'classical' else 'black')
+            left += part
+        shifts = sorted(c['shift'] for c in circuits if c['algorithm'] == 'shifted')
+        finding.rows.append([study.labels[name], len(circuits), *counts.values(),
+                             ', '.join(map(str, shifts)) or '-',
+                             share([c['score'] > 0.8 for c in circuits]).text('{:.0%}')])
+    ax.set_yticks(range(len(names)), [study.labels[name] for name in names], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), xlabel='share of the seeds')
+    ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
+    finding.figure = figure
+    for name in names[1:] if names[:1] == ['mha'] else []:
+        mha, other = study.pairs('mha', name, variation)
+        if len(mha) >= PAIRS:
+            label = study.labels[name]
+            finding.claims.append(compared(
+                paired_shares([is_classical(c) for c in other], [is_classical(c) for c in mha]),
+                f'{label} ends in the classical circuit more often than MHA',
+                f'{label} ends in the classical circuit less often than MHA',
+                f'how often {label} ends in the classical circuit less how often MHA does',
+                '{:+.0%}'))
+    return finding
+
+
+def times(study, variation=''):
+    """How long it takes until a head has formed."""
+    names = study.present(variation)
+    finding = Finding('When induction forms')
+    figure = Figure(figsize=(9, 4.2), layout='constrained')
+    ax = figure.subplots()
+    finding.rows = [['attention', 'seeds', 'formed', 'median iteration (95 %)']]
+    groups = {}
+    for number, name in enumerate(names):
+        cells = list(study.of(name, variation).values())
+        groups[name] = [emergence(c) for c in cells], [c['max_iters'] for c in cells]
+        found = survival(*groups[name])
+        ax.step([0, *found.times, max(groups[name][1])],
+                [0, *(1 - found.remaining), 1 - found.remaining[-1]], where='post', lw=1.8,
+                color=COLOURS[number], ls='-' if number % 2 == 0 else '--',
+                label=study.labels[name])
+        ends = [f'{x:,.0f}' if math.isfinite(x) else 'not reached'
+                for x in (found.median, found.low, found.high)]
+        finding.rows.append([study.labels[name], found.n, found.events,
+                             f'{ends[0]} ({ends[1]} to {ends[2]})'])
+    ax.set(xlabel='iteration', ylim=(-0.02, 1.02), xlim=(0, None),
+           ylabel=f'share of runs with a head above {FORMED}')
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    finding.figure = figure
+    for name in names[1:] if names[:1] == ['mha'] else []:
+        if min(len(groups['mha'][0]), len(groups[name][0])) < PAIRS:
+            continue
+        p = logrank_p(*groups['mha'], *groups[name])
+        seen = 'differ' if p < 0.05 else 'do not differ visibly'
+        finding.claims.append(
+            f'The times of MHA and {study.labels[name]} until a head is above {FORMED} {seen}: '
+            f'log-rank p = {p:.3f}, {len(groups["mha"][0])} and {len(groups[name][0])} seeds.')
+    return finding
+
+
+def half_way(cell, key):
+    """The iteration at which a score has come half the way from its first to its last value."""
+    iters, values = cell['development']['iters'], cell['development']['scores'][key]
+    middle, sign = (values[0] + values[-1]) / 2, np.sign(values[-1] - values[0])
+    return first_above(iters, np.multiply(values, sign), middle * sign)
+
+
+EVENTS = {'previous': 'the previous-token head', 'k_composition': 'K-composition',
+          'rank': 'the effective rank of W_Q W_K^T', 'keys': 'what keys use of the latent',
+          'values': 'what values use of the latent'}
+
+
+def birth(study):
+    """What comes before the induction head, in the runs that end in the classical circuit."""
+    finding = Finding('What comes first')
+    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    ax = figure.subplots()
+    finding.rows = [['attention', 'classical runs', *EVENTS.values()]]
+    for number, name in enumerate(study.present()):
+        cells = [c for c in study.of(name).values() if is_classical(c)]
+        if len(cells) < PAIRS:
+            continue
+        row = [study.labels[name], len(cells)]
+        for place, (key, event) in enumerate(EVENTS.items()):
+            lag = paired([half_way(c, key) for c in cells],
+                         [half_way(c, 'induction') for c in cells])
+            row.append(lag.text('{:+,.0f}'))
+            ax.errorbar(lag.value, place + 0.09 * (number - 4), fmt='o', ms=4,
+                        xerr=[[lag.value - lag.low], [lag.high - lag.value]],
+                        color=COLOURS[number], label=None if place else study.labels[name])
+            if key == 'previous':
+                when = {1: 'after', -1: 'before', 0: ''}[lag.sign()]
+                said = (f'is half formed {when} the induction head' if when else
+                        'forms with the induction head: no difference seen')
+                finding.claims.append(
+                    f'In {study.labels[name]} the previous-token head {said}: '
+                    f'{lag.text("{:+,.0f}")} iterations, {lag.n} runs, checkpoints 100 apart.')
+        finding.rows.append(row)
+    ax.axvline(0, color='black', lw=0.8)
+    ax.set_yticks(range(len(EVENTS)), EVENTS.values(), fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel('iterations after the induction head, each half way to its last value')
+    ax.grid(alpha=0.3)
+    if len(finding.rows) > 1:
+        ax.legend(fontsize=8)
+        finding.figure = figure
+    return finding
+
+
+def causes(study):
+    """Whether the heads that are named are the circuit."""
+    finding = Finding('The named heads are the cause')
+    finding.rows = [['attention', 'runs', 'copies', 'without the named heads',
+                     'without as many others', 'named']]
+    both = []
+    for name in study.present():
+        circuits = [c['circuit'] for c in study.of(name).values()
+                    if c['circuit']['algorithm'] in ('classical', 'shifted')
+                    and c['circuit']['without_others'] is not None]
+        if not circuits:
+            continue
+        both += circuits
+        finding.rows.append([
+            study.labels[name], len(circuits),
+            *(mean([c[key] for c in circuits]).text('{:.3f}')
+              for key in ('accuracy', 'without_named', 'without_others')),
+            f'{mean([c["named"] for c in circuits]).value:.1f} of 8'])
+    if len(both) >= PAIRS:
+        named = mean([c['without_named'] for c in both])
+        others = mean([c['without_others'] for c in both])
+        whole = mean([c['accuracy'] for c in both])
+        finding.claims.append(
+            f'Copy accuracy is {whole.text("{:.3f}")} and falls to {named.text("{:.3f}")} without '
+            f'the named heads (a guess: {both[0]["chance"]:.3f}). Without as many others of the '
+            f'same layers, or all there are, it is {others.text("{:.3f}")}; {whole.n} runs.')
+    return finding
+
+
+def surgery(study):
+    """How few directions carry it."""
+    finding = Finding('How few directions of what keys and values read are needed')
+    names = [name for name in study.labels if study.surgery.get((name, ''))]
+    finding.rows = [['attention', 'layer', 'runs', 'directions read', 'found', 'of most variance',
+                     'at random']]
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    axes, needs = figure.subplots(1, 2, sharey=True), {}
+    for number, name in enumerate(names):
+        runs = study.surgery[name, '']
+        for layer, ax in enumerate(axes):
+            found = {seed: run['surgery'] for seed, run in runs.items()}
+            # what is not reached counts as one more than was tried
+            needs[name, layer] = {seed: {
+                key: count or s['counts'][layer][-1] + 1
+                for key, count in s['needed'][layer].items()} for seed, s in found.items()}
+            cells = needs[name, layer].values()
+            finding.rows.append([study.labels[name], layer, len(cells),
+                                 next(iter(found.values()))['dimensions'][layer],
+                                 *(mean([c[key] for c in cells]).text('{:.1f}')
+                                   for key in ('found', 'variance', 'random'))])
+            for key, mark in (('variance', '-'), ('random', ':')):
+                curves = [[s['accuracy'], *s['left'][layer][key]] for s in found.values()]
+                ax.plot([0, *next(iter(found.values()))['counts'][layer]], np.mean(curves, 0), mark,
+                        color=COLOURS[number],
+                        label=f'{study.labels[name]}, {key}' if layer == 0 else None)
+            ax.set(title=f'layer {layer}', xlabel='directions removed', ylim=(-0.02, 1.02))
+            ax.grid(alpha=0.3)
+    if not names:
+        return finding
+    axes[0].set_ylabel('copy accuracy, mean over seeds')
+    axes[0].legend(fontsize=8)
+    finding.figure = figure
+    for name in names:
+        for layer in (0, 1):
+            own = list(needs[name, layer].values())
+            if len(own) >= PAIRS:
+                gap = paired([n['random'] for n in own], [n['found'] for n in own])
+                finding.claims.append(
+                    compared(gap, f'Layer {layer} of {study.labels[name]} copies through few '
+                             'directions: random ones needed less found ones',
+                             f'In layer {layer} of {study.labels[name]} random directions do as '
+                             'much as found ones', f'random less found directions needed in layer '
+                             f'{layer} of {study.labels[name]}', '{:+.1f}').replace(
+                                 'pairs of seeds', 'runs'))
+            shared = sorted(needs.get(('mha', layer), {}).keys() & needs[name, layer].keys())
+            if name != 'mha' and len(shared) >= PAIRS:
+                gap = paired(*([needs[one, layer][seed]['found'] for seed in shared]
+                               for one in (name, 'mha')))
+                label = study.labels[name]
+                finding.claims.append(compared(
+                    gap, f'Layer {layer} of {label} needs more directions than that of MHA',
+                    f'Layer {layer} of {label} needs fewer directions than that of MHA',
+                    f'directions needed in layer {layer} of {label} less those of MHA', '{:+.1f}'))
+    return finding
+
+
+def controls(study):
+    """What copies and is no induction."""
+    finding = Finding('Copying is not induction')
+    finding.rows = [['attention', 'task', 'seeds', 'right on its own task', 'copies at other lags',
+                     'best head']]
+    for variation, task in (('period', 'one period for all'), ('cycle', 'a cycle each')):
+        for name in study.present(variation):
+            cells = list(study.of(name, variation).values())
+            own, copies, score = (mean(values) for values in zip(*(
+                (c['own_accuracy'], c['circuit']['accuracy'], c['circuit']['score'])
+                for c in cells)))
+            finding.rows.append([study.labels[name], task, len(cells), own.text('{:.3f}'),
+                                 copies.text('{:.3f}'), score.text('{:.2f}')])
+            finding.claims.append(
+                f'{study.labels[name]}, trained on {task}, is right on {own.value:.0%} of it and '
+                f'copies {copies.value:.0%} of a stretch at other lags; its best head scores '
+                f'{score.value:.2f}; {len(cells)} seed{"s" * (len(cells) > 1)}.')
+    return finding
+
+
+def variations(study):
+    """Whether it depends on what else the models have."""
+    finding = Finding('Does it depend on the recipe')
+    finding.rows = [['recipe', 'attention', 'seeds', 'classical', 'shifted', 'copies (95 %)',
+                     'formed']]
+    names = {'mlp': 'with MLPs', 'base10000': 'rotary base 10,000', 'wide': '128 wide',
+             'slow': 'learning rate 1e-3'}
+    for variation, text in names.items():
+        for name in study.present(variation):
+            cells = list(study.of(name, variation).values())
+            kinds = [c['circuit']['algorithm'] for c in cells]
+            finding.rows.append([
+                text, study.labels[name], len(cells), kinds.count('classical'),
+                kinds.count('shifted'), mean([c['circuit']['accuracy'] for c in cells]).text(),
+                sum(emergence(c) is not None for c in cells)])
+            mha, other = study.pairs('mha', name, variation)
+            if name != 'mha' and len(mha) >= PAIRS:
+                label = study.labels[name]
+                finding.claims.append(compared(
+                    paired_shares([is_classical(c) for c in other], [is_classical(c) for c in mha]),
+                    f'{text}: {label} is classical more often than MHA',
+                    f'{text}: {label} is classical less often than MHA',
+                    f'{text}, how often {label} is classical less how often MHA is', '{:+.0%}'))
+    return finding
+
+
+LIMITS = '''Models of two layers, four heads and a context of 32, on one artificial task and with
+one recipe: nothing here says that larger models do the same. A circuit that forms after the last
+iteration counts as not formed. Times are known to 100 iterations. The fewest directions are the
+fewest that were found. Intervals are 95 %, one by one: of twenty, one is expected to be wrong.
+Several comparisons share the runs of MHA.'''
+
+
+def render(finding):
+    """The HTML of a finding."""
+    parts = [f'<h2>{html.escape(finding.title)}</h2>']
+    parts += [f'<p>{html.escape(claim)}</p>' for claim in finding.claims]
+    if finding.figure:
+        picture = io.BytesIO()
+        finding.figure.savefig(picture, dpi=110)
+        data = base64.b64encode(picture.getvalue()).decode()
+        parts.append(f'<img alt="{html.escape(finding.title)}" src="data:image/png;base64,{data}">')
+    if len(finding.rows) > 1:
+        head, *body = [[html.escape(str(cell)) for cell in row] for row in finding.rows]
+        parts.append('<table><tr>' + ''.join(f'<th>{cell}</th>' for cell in head) + '</tr>')
+        parts += ['<tr>' + ''.join(f'<td>{cell}</td>' for cell in row) + '</tr>' for row in body]
+        parts.append('</table>')
+    return '\n'.join(parts)
+
+
+def findings_of(study):
+    """The Findings that the cells allow, in the order of the page."""
+    found = [make(study) for make in (algorithms, times, birth, surgery, causes, variations,
+                                      controls, learning)]
+    return [finding for finding in found if len(finding.rows) > 1]
+
+
+def write_report(out_dir, labels, command):
+    """Write report.html of the cells in out_dir, and the pictures beside it. Returns the path."""
+    study = read_study(out_dir, labels)
+    seeds = [len(runs) for runs in study.cells.values()]
+    parts = ['<style>table { border-collapse: collapse; margin: 1em 0; font-size: 0.85em; } '
+             'td, th { border: 1px solid #ccc; padding: 0.25em 0.6em; text-align: left; }</style>',
+             '<h1>What MLA changes inside</h1>',
+             f'<p>{sum(seeds)} models. All of this is made again by <code>{html.escape(command)}'
+             '</code>. Numbers in brackets are 95 % intervals.</p>']
+    for finding in findings_of(study):
+        parts.append(render(finding))
+        if finding.figure:
+            name = finding.title.lower().replace(' ', '_')
+            finding.figure.savefig(Path(out_dir) / f'{name}.png', dpi=110)
+    parts.append(f'<h2>What this does not show</h2><p>{html.escape(LIMITS)}</p>')
+    path = Path(out_dir) / 'report.html'
+    path.write_text(PAGE.format(title='What MLA changes inside', body='\n'.join(parts)),
+                    encoding='utf-8')
+    return path
