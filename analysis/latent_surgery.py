@@ -14,11 +14,12 @@ first, as Belrose et al. 2023 do ("LEACE: Perfect linear concept erasure in clos
 space as it is, to remove a direction can bring in noise from another one of more variance, which
 does harm without removing what is asked about.
 
-The fewest directions that cost 90 % of copy accuracy are searched for by gradient ascent on the
-loss of the copied tokens (as Geiger et al. 2023 search for subspaces to patch, "Finding Alignments
-Between Interpretable Causal Variables and Distributed Neural Representations"), on other sequences
-than those that are counted. Fewer may do that were not found. Beside them stand as many directions
-drawn at random, and as many of the most variance.
+The fewest directions that cost 90 % of copy accuracy are searched for by gradient descent on the
+probability of the copied tokens, on other sequences than those that are counted (as Geiger et al.
+2023 search for subspaces to patch, "Finding Alignments Between Interpretable Causal Variables and
+Distributed Neural Representations"). Fewer may do that were not found. Beside them stand as many
+directions drawn at random, and as many of the most variance, which count as found where they do
+more.
 
 Last, what keys and values read in the found directions is patched from another prompt, which copies
 other tokens between the same places.
@@ -31,7 +32,6 @@ from configurator import UserError, run
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.nn import functional as F
 
 from analysis.circuits import orthonormal
 from analysis.induction_heads import copies_with_lags
@@ -39,15 +39,15 @@ from analysis.program import AnalysisConfig, main
 from analysis.record import record, run_block
 from runtime.progress import progress_bar
 
-COUNTS = (*range(1, 9), 10, 12, *range(16, 33, 4), 40, 48, 56, 64, 96, 128, 256, 512, 1024)
-STEPS, RATE, DRAWS = 40, 0.1, 8  # of the ascent; random subspaces
+COUNTS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
+STEPS, RATE, DRAWS = 40, 0.5, 8  # of the descent; random subspaces
 CHOICES = ('found', 'variance', 'random')
 
 
 @dataclass
 class Config(AnalysisConfig):
     sequences: int = 200  # random sequences on which accuracy is counted
-    search: int = 64  # other sequences, on which directions are searched for
+    search: int = 200  # other sequences, on which directions are searched for
     cost: float = 0.9  # the part of copy accuracy that removal is to cost
     most: int = 64  # directions that are removed at most
     least = dict(sequences=1, search=1, most=1)
@@ -127,9 +127,10 @@ class Layer:
         rows = self.places.unsqueeze(-1).expand(-1, -1, x.size(-1))
         return self.model.unembed(x.gather(1, rows))
 
-    def loss(self, reads=None):
-        """Of the copied tokens, in nats."""
-        return F.cross_entropy(self.logits(reads).flatten(0, 1), self.targets.flatten())
+    def trust(self, reads=None):
+        """The mean probability of the right token. A loss would reward a few sure mistakes."""
+        p = self.logits(reads).softmax(-1)
+        return p.gather(-1, self.targets.unsqueeze(-1)).mean()
 
     @torch.no_grad()
     def accuracy(self, reads=None, targets=None):
@@ -137,31 +138,32 @@ class Layer:
         return float((self.logits(reads).argmax(-1) == targets).double().mean())
 
 
-def search(layer, space, start):
-    """Directions (rank, k + 1) of a Space whose removal raises the loss. The ascent begins with the
-    k of start (rank, k) and the steepest further one, or with those of the most variance."""
-    n = start.size(1) + 1
-    begins = [torch.eye(space.rank)[:, :n].to(start),
-              torch.linalg.qr(torch.cat([start, steepest(layer, space, start)], dim=-1)).Q]
+def search(layer, space, start, n):
+    """The n directions (rank, n) of a Space whose removal costs most accuracy. The descent begins
+    with those of start (rank, k) and the steepest further ones, or with those of most variance."""
+    variance, further = torch.eye(space.rank)[:, :n].to(start), n - start.size(1)
+    begins = [variance, torch.linalg.qr(torch.cat(
+        [start, steepest(layer, space, start)[:, :further]], dim=-1)).Q]
     with torch.no_grad():
-        A = max(begins, key=lambda V: layer.loss(space.held(V)).item()).clone()
+        A = min(begins, key=lambda V: layer.trust(space.held(V)).item()).clone()
     A.requires_grad_()
     optimizer = torch.optim.Adam([A], lr=RATE / space.rank ** 0.5)
     for _ in range(STEPS):
-        A.grad, = torch.autograd.grad(-layer.loss(space.held(torch.linalg.qr(A).Q)), A)
+        A.grad, = torch.autograd.grad(layer.trust(space.held(torch.linalg.qr(A).Q)), A)
         optimizer.step()
-    return torch.linalg.qr(A.detach()).Q
+    return min((torch.linalg.qr(A.detach()).Q, variance),
+               key=lambda V: layer.accuracy(space.held(V)))
 
 
 def steepest(layer, space, without):
-    """The direction (rank, 1) whose removal raises the loss most to first order, where the
-    directions without (rank, k) are removed already: of -E[g y^T], made symmetric, the largest
-    eigenvector, for the whitened y and the gradient of the loss by it, g."""
+    """The directions (rank, rank) whose removal takes most trust away to first order, first, where
+    the directions without (rank, k) are removed already: the eigenvectors of E[g y^T], made
+    symmetric, for the whitened y and the gradient of trust by it, g."""
     y = space.white(space.held(without)(layer.read)).requires_grad_()
-    g, = torch.autograd.grad(layer.loss(
+    g, = torch.autograd.grad(layer.trust(
         lambda x: x + ((y - space.white(x)) * space.scale) @ space.B.mT), y)
-    M = -g.flatten(0, 1).mT @ y.detach().flatten(0, 1)
-    return torch.linalg.eigh(M + M.mT).eigenvectors[:, -1:]
+    M = g.flatten(0, 1).mT @ y.detach().flatten(0, 1)
+    return torch.linalg.eigh(M + M.mT).eigenvectors.flip(-1)
 
 
 def operate(model, number, seen, counted, other, config, bar):
@@ -182,17 +184,15 @@ def operate(model, number, seen, counted, other, config, bar):
             'random': [float(np.mean([layer.accuracy(space.held(V[:, :n])) for V in draws]))
                        for n in counts], 'found': [None] * len(counts)}
     V, patched = variance[:, :0], None
-    while V.size(1) < counts[-1]:
-        V = search(searched, space, V)
-        bar.set_description(f'layer {number}, {V.size(1)} directions')
-        if V.size(1) in counts:
-            place = counts.index(V.size(1))
-            left['found'][place] = layer.accuracy(space.held(V))
-            if left['found'][place] <= limit:
-                theirs = Layer(model, number, other)
-                patch = space.held(V, space.white(theirs.read))
-                patched = [layer.accuracy(patch), layer.accuracy(patch, theirs.targets)]
-                break
+    for place, n in enumerate(counts):
+        bar.set_description(f'layer {number}, {n} directions')
+        V = search(searched, space, V, n)
+        left['found'][place] = layer.accuracy(space.held(V))
+        if left['found'][place] <= limit:
+            theirs = Layer(model, number, other)
+            patch = space.held(V, space.white(theirs.read))
+            patched = [layer.accuracy(patch), layer.accuracy(patch, theirs.targets)]
+            break
     needed = {name: next((n for n, value in zip(counts, left[name])
                           if value is not None and value <= limit), None) for name in CHOICES}
     return space.rank, counts, left, needed, patched

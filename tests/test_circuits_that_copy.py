@@ -191,7 +191,7 @@ def test_the_search_finds_the_one_direction_that_matters():
     layer = OneDirection(d)
     space = latent_surgery.Space(layer.read, torch.eye(8))
     assert abs(space.B[0, 0]) > 0.99  # the most variance, which is not what matters
-    V = latent_surgery.search(layer, space, torch.zeros(8, 0))
+    V = latent_surgery.search(layer, space, torch.zeros(8, 0), 1)
     # in the whitened space the direction is d times the scale
     wanted = torch.nn.functional.normalize(space.scale[:, None] * (space.B.mT @ d), dim=0)
     assert (V.mT @ wanted).abs().item() > 0.85
@@ -228,17 +228,17 @@ def other_tokens(model):
     return other
 
 
-def test_the_steepest_direction_raises_the_loss_most_to_first_order():
+def test_the_steepest_direction_takes_most_trust_away_to_first_order():
     model = copying_model(1).double()
     layer = latent_surgery.Layer(model, 1, copies_of(model))
     space = latent_surgery.Space(
         layer.read, latent_surgery.reading_basis(model.transformer.h[1].attn))
-    u = latent_surgery.steepest(layer, space, torch.zeros(space.rank, 0).double())
+    u = latent_surgery.steepest(layer, space, torch.zeros(space.rank, 0).double())[:, :1]
 
     @torch.no_grad()
-    def rise(V, step=1e-3):
+    def fall(V, step=1e-3):
         y = space.white(layer.read)
-        more, less = (layer.loss(space.held(V, (1 + sign * step) * y)) for sign in (-1, 1))
+        more, less = (layer.trust(space.held(V, (1 + sign * step) * y)) for sign in (1, -1))
         return ((more - less) / (2 * step)).item()
     others = space.random(torch.Generator().manual_seed(0))
-    assert rise(u) > max(rise(others[:, [i]]) for i in range(20)) and rise(u) > 0
+    assert fall(u) > max(fall(others[:, [i]]) for i in range(20)) and fall(u) > 0
