@@ -33,7 +33,7 @@ from data.induction.prepare import CHARACTERS, draw_sequences
 from data.pipeline import default_workers, in_workers, worker_pool
 from model import GPT
 from model_mla import GPT_MLA, MultiLatentAttention
-from runtime.checkpoint import checkpoint_path
+from runtime.checkpoint import checkpoint_path, read_checkpoint
 from runtime.dataset import write_splits
 from runtime.progress import progress_bar
 from runtime.record import write_file
@@ -183,12 +183,14 @@ def train_cell(cell, out_dir, max_iters):
     data, task, vocabulary = dataset_of(cell, out_dir)
     arguments = [*cell.arguments(), f'--max_iters={max_iters}', f'--dataset={data}',
                  f'--out_dir={folder}', f'--init_from={start}', '--device=cpu']
+    path = checkpoint_path(folder, model_class.model_type)
     with open(folder / 'log.txt', 'a') as log, redirect_stdout(log), redirect_stderr(log):
-        config, model_args = configure(arguments, TrainConfig, model_class.config_class, bias=False)
-        result = launch(model_class, config, model_args)
-        if result.stopped:
-            return
-        subject = load_subject(str(checkpoint_path(folder, model_class.model_type)), 'cpu')
+        if not path.exists() or read_checkpoint(path, mmap=True)['iter_num'] < max_iters:
+            config, model_args = configure(arguments, TrainConfig, model_class.config_class,
+                                           bias=False)
+            if launch(model_class, config, model_args).stopped:
+                return
+        subject = load_subject(str(path), 'cpu')
         formed = development.analyse(subject, development.Config())
         circuit = induction_circuit.analyse(subject, induction_circuit.Config())
     ids, known = draw_sequences(task, 500, 33, vocabulary, seed=1)
@@ -199,7 +201,7 @@ def train_cell(cell, out_dir, max_iters):
         guesses = subject.model.unembed(x).argmax(-1).numpy()
     found = {'cell': asdict(cell), 'max_iters': max_iters, 'torch': torch.__version__,
              'own_accuracy': float((guesses == ids[:, 1:])[known[:, 1:]].mean()),
-             'ms_per_iter': result.ms_per_iter, 'circuit': circuit, 'development': formed}
+             'circuit': circuit, 'development': formed}
     write_file(cell_file(cell, out_dir), (json.dumps(as_json(found)) + '\n').encode())
 
 

@@ -35,7 +35,7 @@ import torch
 
 from analysis.circuits import folded_heads, part_of_scores
 from analysis.composition import chance, compositions, layers
-from analysis.induction_heads import copies_with_lags, n_shifts_of, shift_scores
+from analysis.induction_heads import copies_with_lags, shift_scores
 from analysis.plots import Panel, draw_panels, field_maps, with_notes
 from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import final_stream, record
@@ -153,7 +153,7 @@ def analyse(subject, config):
     copies = copies_with_lags(model, subject.n_vocab, config.sequences, config.seed)
     idx = copies.idx.to(subject.device)
     shifted = shift_scores(subject, config.sequences, config.seed)
-    back = attention_back(model, idx, n_shifts_of(copies))
+    back = attention_back(model, idx, copies.n_shifts)
     accuracy = copy_accuracy(model, copies)
 
     # a head reads at the shift that it attends to most

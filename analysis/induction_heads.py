@@ -17,7 +17,7 @@ every sequence. There a head that looks at a fixed distance scores low. A head w
 looks at the token itself: a duplicate-token head (Wang et al. 2023, section 3), which cannot copy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configurator import UserError, run
 
@@ -28,6 +28,8 @@ from analysis.plots import Panel, draw_panels, field_maps
 from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import record, repeated_tokens
 from runtime.progress import progress_bar
+
+MOST_SHIFTS = 12
 
 
 @dataclass
@@ -72,56 +74,54 @@ class Copies:
     """Random sequences in which a stretch comes twice."""
     idx: torch.Tensor  # (sequences, T)
     first: torch.Tensor  # (sequences,) where the stretch begins
-    lag: torch.Tensor  # (sequences,) how much later it comes again: length or more
+    lag: torch.Tensor  # (sequences,) how much later it comes again: length and n_shifts, or more
     length: int  # tokens in the stretch
+    n_shifts: int  # shifts that are scored, from 0
 
     def queries(self):
         """The places (sequences, length) of the second copy."""
         return (self.first + self.lag)[:, None] + torch.arange(self.length)
 
-    def keys(self, n_shifts):
+    def keys(self):
         """The places (sequences, length, n_shifts) at each shift from the first occurrence."""
-        return (self.first[:, None] + torch.arange(self.length))[..., None] + torch.arange(n_shifts)
+        places = self.first[:, None] + torch.arange(self.length)
+        return places[..., None] + torch.arange(self.n_shifts)
 
 
 def copies_with_lags(model, n_vocab, sequences, seed):
     """Copies for a model: at most 64 tokens, a fourth of them in the stretch."""
     T = min(64, model.config.block_size)
     length = max(2, T // 4)
+    n_shifts = max(2, min(MOST_SHIFTS, 3 * T // 8))
+    least = max(length, n_shifts)
     rng = np.random.default_rng(seed)
-    first = rng.integers(T - 2 * length + 1, size=sequences)
-    lag = rng.integers(length, T - length - first + 1)
+    first = rng.integers(T - length - least + 1, size=sequences)
+    lag = rng.integers(least, T - length - first + 1)
     idx = repeated_tokens(n_vocab, sequences, T, seed)[:, :T]
-    copies = Copies(idx, torch.from_numpy(first), torch.from_numpy(lag), length)
-    idx.scatter_(1, copies.queries(), idx.gather(1, copies.keys(1)[..., 0]))
+    copies = Copies(idx, torch.from_numpy(first), torch.from_numpy(lag), length, n_shifts)
+    idx.scatter_(1, copies.queries(), idx.gather(1, copies.keys()[..., 0]))
     return copies
 
 
-def attention_at_shifts(pattern, copies, n_shifts):
+def attention_at_shifts(pattern, copies):
     """The mean attention (B, n_head, n_shifts) of a pattern (B, n_head, T, T) over copies of as
     many sequences, from the second copy to each shift from the first occurrence."""
     rows = torch.arange(len(pattern))[:, None, None]
-    found = pattern.cpu()[rows, :, copies.queries()[..., None], copies.keys(n_shifts)]
+    found = pattern.cpu()[rows, :, copies.queries()[..., None], copies.keys()]
     return found.mean(1).mT  # of (B, length, n_shifts, n_head)
-
-
-def n_shifts_of(copies):
-    """Shifts that are scored: below the shortest lag, and no more than 8."""
-    return min(8, copies.length)
 
 
 def shift_scores(subject, sequences, seed):
     """The mean attention (n_layer, n_head, shifts) at each shift."""
     model, c = subject.model, subject.model.config
     copies = copies_with_lags(model, subject.n_vocab, sequences, seed)
-    n_shifts = n_shifts_of(copies)
-    total = torch.zeros(c.n_layer, c.n_head, n_shifts, dtype=torch.float64)
+    total = torch.zeros(c.n_layer, c.n_head, copies.n_shifts, dtype=torch.float64)
     size = batch_size(model, copies.idx.size(1))
     for start in range(0, sequences, size):
-        part = Copies(copies.idx[start:start + size], copies.first[start:start + size],
-                      copies.lag[start:start + size], copies.length)
+        part = replace(copies, idx=copies.idx[start:start + size],
+                       first=copies.first[start:start + size], lag=copies.lag[start:start + size])
         for block in record(model, part.idx.to(subject.device)):
-            total[block.layer] += attention_at_shifts(block.pattern(), part, n_shifts).sum(0)
+            total[block.layer] += attention_at_shifts(block.pattern(), part).sum(0)
     return (total / sequences).numpy()
 
 

@@ -207,7 +207,7 @@ def analyse(subject, config):
         copies_with_lags(model, subject.n_vocab, n, config.seed + i)
         for i, n in enumerate((config.sequences, config.search, config.sequences)))
     other.first, other.lag = counted.first, counted.lag
-    other.idx.scatter_(1, other.queries(), other.idx.gather(1, other.keys(1)[..., 0]))
+    other.idx.scatter_(1, other.queries(), other.idx.gather(1, other.keys()[..., 0]))
     bar = progress_bar(range(model.config.n_layer), 'surgery')
     parts = [operate(model, number, seen, counted, other, config, bar) for number in bar]
     whole = Layer(model, 0, counted).accuracy()

@@ -25,7 +25,7 @@ def circuit(model, **settings):
 
 
 @pytest.mark.parametrize('convert', [lambda m: m, exact_mla], ids=['mha', 'mla'])
-@pytest.mark.parametrize('shift', [1, 2, 4])
+@pytest.mark.parametrize('shift', [1, 4, 9])
 def test_a_circuit_made_by_hand_is_named(shift, convert):
     found = circuit(convert(copying_model(shift)))
     assert found.algorithm == ('classical' if shift == 1 else 'shifted') and found.shift == shift
@@ -74,7 +74,7 @@ def test_scores_are_those_of_the_definition():
     model = random_model(GPT)
     subject, sequences = of(model), 5
     copies = induction_heads.copies_with_lags(model, subject.n_vocab, sequences, 3)
-    n = induction_heads.n_shifts_of(copies)
+    n = copies.n_shifts
     shifted = induction_heads.shift_scores(subject, sequences, 3)
     back = induction_circuit.attention_back(model, copies.idx, n)
     T = copies.idx.size(1)
@@ -96,9 +96,10 @@ def test_the_stretch_comes_twice_within_the_sequence():
         model = tiny_model(GPT, block_size=block_size, vocab_size=14)
         copies = induction_heads.copies_with_lags(model, 14, 50, 0)
         assert copies.idx.size(1) == min(64, block_size)
-        earlier = copies.idx.gather(1, copies.keys(1)[..., 0])
+        earlier = copies.idx.gather(1, copies.keys()[..., 0])
         assert (copies.idx.gather(1, copies.queries()) == earlier).all()
-        assert (copies.lag >= copies.length).all() and copies.queries().max() < copies.idx.size(1)
+        assert (copies.lag >= max(copies.length, copies.n_shifts)).all()
+        assert copies.queries().max() < copies.idx.size(1)
         if block_size > 8:
             assert len(copies.lag.unique()) > 3
 
@@ -206,8 +207,8 @@ def test_surgery_on_a_circuit_made_by_hand(monkeypatch):
     monkeypatch.setattr(latent_surgery, 'COUNTS', (1, 200))
     result = latent_surgery.analyse(of(copying_model(1)),
                                     latent_surgery.Config(sequences=30, search=4, most=400))
-    assert result.accuracy > 0.97 and result.counts[1][-1] == result.dimensions[1] == 79
-    assert result.left[1]['random'][-1] < 0.15 and result.needed[1]['random'] == 79
+    assert result.accuracy > 0.97 and result.counts[1][-1] == result.dimensions[1] <= 80
+    assert result.left[1]['random'][-1] < 0.15 and result.needed[1]['random'] == result.dimensions[1]
     assert 'layer' in latent_surgery.table(result)
     model = copying_model(1)
     layer = latent_surgery.Layer(model, 1, copies_of(model))
@@ -224,7 +225,7 @@ def other_tokens(model):
     one, other = copies_of(model), copies_of(model, seed=1)
     other.first, other.lag = one.first, one.lag
     other.idx = induction_heads.repeated_tokens(model.config.vocab_size, 20, 32, 7)[:, :32]
-    other.idx.scatter_(1, other.queries(), other.idx.gather(1, other.keys(1)[..., 0]))
+    other.idx.scatter_(1, other.queries(), other.idx.gather(1, other.keys()[..., 0]))
     return other
 
 
