@@ -78,7 +78,7 @@ DECOUPLED = dict(rotary='decoupled', n_rotary=8)
 ATTENTIONS = {
     'mha': Attention('MHA'),
     'gqa': Attention('GQA, 2 heads', settings=(('n_kv_head', 2),)),
-    **{f'mla{n}': mla(f'MLA {n}', n) for n in (16, 32, 48, 64)},
+    **{f'mla{n}': mla(f'MLA {n}', n) for n in (2, 4, 8, 16, 32, 48, 64)},
     **{f'decoupled{n}': mla(f'MLA {n} decoupled', n, **DECOUPLED) for n in (16, 32, 48)},
     'separate': mla('MLA 32 + 32 separate', 64, GPT_SeparateLatents),
     'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
@@ -127,14 +127,15 @@ def grid(attentions, seeds, variations=('',)):
 
 MAIN = ['mha', 'mla32', 'decoupled32']
 OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48', 'separate']
+SMALL = ['mla2', 'mla4', 'mla8']
 PRESETS = {
     'minute': grid(['mha', 'decoupled32'], [1]),
     'evening': [*grid(MAIN, range(1, 11)), *grid(OTHERS, range(1, 6)),
-                *grid(['mha_learned', 'mla_learned'], [1, 2]),
+                *grid(['mha_learned', 'mla_learned'], [1, 2]), *grid(SMALL, range(1, 4)),
                 *grid(['mha_learned', 'mha'], [1], ['period', 'cycle'])],
 }
 PRESETS['night'] = [*dict.fromkeys([
-    *PRESETS['evening'], *grid(MAIN + OTHERS, range(1, 21)),
+    *PRESETS['evening'], *grid(MAIN + OTHERS, range(1, 21)), *grid(SMALL, range(1, 11)),
     *grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow']),
     *grid(['mha_learned', 'mla_learned'], range(1, 6)),
     *grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle'])])]

@@ -193,21 +193,22 @@ def times(study, variation=''):
 
 
 def half_way(cell, key):
-    """The iteration at which a score has come half the way from its first to its last value."""
-    iters, values = cell['development']['iters'], cell['development']['scores'][key]
-    middle, sign = (values[0] + values[-1]) / 2, np.sign(values[-1] - values[0])
-    return first_above(iters, np.multiply(values, sign), middle * sign)
+    """The iteration from which a score stays past half the way from its first to its last value:
+    what goes up and down before does not count."""
+    iters, values = cell['development']['iters'], np.array(cell['development']['scores'][key])
+    is_short = (values - (values[0] + values[-1]) / 2) * np.sign(values[-1] - values[0]) < 0
+    return iters[min(int(np.flatnonzero(is_short).max(initial=-1)) + 1, len(iters) - 1)]
 
 
 EVENTS = {'previous': 'the previous-token head', 'k_composition': 'K-composition',
-          'rank': 'the effective rank of W_Q W_K^T', 'keys': 'what keys use of the latent',
-          'values': 'what values use of the latent'}
+          'rank': 'effective rank of W_Q W_K^T', 'outliers': 'outliers of W_Q W_K^T',
+          'keys': 'what keys use', 'values': 'what values use'}
 
 
 def birth(study):
     """What comes before the induction head, in the runs that end in the classical circuit."""
     finding = Finding('What comes first')
-    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    figure = Figure(figsize=(9, 4.4), layout='constrained')
     ax = figure.subplots()
     finding.rows = [['attention', 'classical runs', *EVENTS.values()]]
     for number, name in enumerate(study.present()):
@@ -267,6 +268,29 @@ def causes(study):
             f'Copy accuracy is {whole.text("{:.3f}")} and falls to {named.text("{:.3f}")} without '
             f'the named heads (a guess: {both[0]["chance"]:.3f}). Without as many others of the '
             f'same layers, or all there are, it is {others.text("{:.3f}")}; {whole.n} runs.')
+    return finding
+
+
+def latent(study):
+    """How much latent it takes."""
+    finding = Finding('How small may the latent be')
+    finding.rows = [['attention', 'seeds', 'copies in (95 %)', 'formed in', 'median accuracy']]
+    least = {}
+    for name in study.present():
+        kind = next((kind for kind in ('mla', 'decoupled') if name.startswith(kind)), None)
+        width = name.removeprefix(kind or '')
+        if not width.isdigit():
+            continue
+        cells = list(study.of(name).values())
+        copies = share([c['circuit']['algorithm'] != 'none' for c in cells])
+        finding.rows.append([study.labels[name], len(cells), copies.text('{:.0%}'),
+                             sum(emergence(c) is not None for c in cells),
+                             f"{np.median([c['circuit']['accuracy'] for c in cells]):.3f}"])
+        if copies.value > 0.5:
+            least.setdefault(kind, (study.labels[name], len(cells)))
+    for kind, (label, n) in least.items():
+        finding.claims.append(f'The smallest latent tried with which most runs copy within the '
+                              f'iterations is {label}; {n} seeds.')
     return finding
 
 
@@ -399,8 +423,8 @@ def render(finding):
 
 def findings_of(study):
     """The Findings that the cells allow, in the order of the page."""
-    found = [make(study) for make in (algorithms, times, birth, surgery, causes, variations,
-                                      controls, learning)]
+    found = [make(study) for make in (algorithms, times, birth, latent, surgery, causes,
+                                      variations, controls, learning)]
     return [finding for finding in found if len(finding.rows) > 1]
 
 

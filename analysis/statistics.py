@@ -100,7 +100,9 @@ def survival(times, ends):
 
 def logrank_p(a, a_ends, b, b_ends):
     """The probability that two groups of runs with one distribution differ as much in their times
-    to an event (Mantel 1966); nan where no run reaches it."""
+    to an event (Mantel 1966). 1 where all times are one, nan where no run reaches the event."""
     if all(t is None for t in [*a, *b]):
         return math.nan
+    if len({*a, *b}) == 1:
+        return 1.0
     return float(logrank(censored(a, a_ends), censored(b, b_ends)).pvalue)

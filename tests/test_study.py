@@ -1,0 +1,270 @@
+"""The study: its data, its statistics, its sentences, and that it goes on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from configurator import UserError
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from scipy import stats
+
+import study
+import study_report
+from analysis import statistics
+from data.induction.prepare import InductionConfig, draw_sequences
+from data.induction.prepare import main as prepare_induction
+from evaluate import split_loss, token_losses
+from model import GPT
+from model_mla import GPT_MLA, MLAConfig
+from runtime.batches import TRAINING, Batches
+from runtime.dataset import open_data, write_splits
+from runtime.tokenizer import make_tokenizer
+from train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+# data
+
+
+@pytest.mark.parametrize('task', ['stretch', 'period', 'cycle'])
+def test_what_is_known_is_what_a_copy_decides(task):
+    ids, known = draw_sequences(task, 300, 33, 10 ** 9, seed=3)  # none repeats by chance
+    lags = set()
+    for row, marks in zip(ids, known):
+        for i in range(33):
+            earlier = [j for j in range(i) if row[j] == row[i]]
+            before = [j for j in range(1, i) if row[j - 1] == row[i - 1]]
+            follows = bool(before) and row[before[-1]] == row[i]
+            # a period is known before anything has been seen twice
+            assert marks[i] == (follows or task == 'period' and i == 16), (row, i)
+            lags |= {i - earlier[-1]} if earlier else set()
+    assert (len(lags) == 1) == (task == 'period')
+    if task == 'stretch':
+        assert {int(n) for n in known.sum(1)} == set(range(7, 15))
+        assert lags <= set(range(8, 26)) and len(lags) > 12
+
+
+def test_bins_of_sequences_are_read_sequence_by_sequence(tmp_path, program):
+    args = ['--sequences=64', f'--out_dir={tmp_path}', '--vocabulary=70']
+    code, out, err = program(prepare_induction, *args)
+    assert code == 0 and '2,112 in train.bin, 132 in val.bin' in out, err
+    data = open_data(str(tmp_path))
+    assert data.sequence == 33 and data.tokenizer.n_vocab == 70
+    rows = {tuple(row) for row in np.array(data.train).reshape(-1, 33).tolist()}
+    batches = Batches(data, 8, 32, 70, 1, torch.device('cpu'))
+    seen = set()
+    for number in range(8):
+        x, y = batches.draw('train', TRAINING, number)
+        seen |= {(*a, b[-1]) for a, b in zip(x.tolist(), y.tolist())}
+        assert torch.equal(x[:, 1:], y[:, :-1])
+    assert seen == rows  # an epoch is each sequence once
+    with pytest.raises(UserError, match='--block_size=32'):
+        data.check(64, 70)
+    model = tiny_model(GPT, block_size=32, vocab_size=70)
+    windows = torch.from_numpy(np.array(data.val).reshape(-1, 33).astype(np.int64))
+    by_hand = token_losses(model, windows[:, :-1], windows[:, 1:]).mean().item()
+    assert split_loss(model, data.val, sequence=33) == pytest.approx(by_hand, abs=1e-9)
+    assert split_loss(model, data.val) != pytest.approx(by_hand, abs=1e-6)
+
+
+def test_a_record_without_sequences_says_nothing_of_them(tmp_path):
+    write_splits(tmp_path, [0, 1] * 50, [1, 0] * 50, make_tokenizer(list('ab')))
+    assert open_data(str(tmp_path)).sequence is None
+    (tmp_path / 'meta.pkl').unlink()
+    (tmp_path / 'meta.json').write_text('{"tokenizer": {"unknown": 2}, "sequence": "many"}')
+    with pytest.raises(UserError, match="sequence='many'"):
+        open_data(str(tmp_path))
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--length=20'], 'length=20 must be at least 30'), (['--sequences=1'], 'sequences=1'),
+    (['--vocabulary=100000'], 'must be at most'), (['--task=nothing'], 'task='),
+    (['--out_dir=/proc/none'], 'out_dir=/proc/none cannot be written to')])
+def test_bad_settings_of_the_data(args, words, program):
+    code, _, err = program(prepare_induction, *args)
+    assert code == 2 and words in err and err.count('\n') == 1
+    assert InductionConfig().length == 33
+
+
+# statistics
+
+
+def test_survival_is_that_of_a_textbook():
+    """Remission in weeks (Freireich et al. 1963), as in Collett, "Modelling Survival Data"."""
+    times = [6, 6, 6, 7, 10, 13, 16, 22, 23, *[None] * 12]
+    ends = [0] * 9 + [6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]
+    placebo = [1, 1, 2, 2, 3, 4, 4, 5, 5, 8, 8, 8, 8, 11, 11, 12, 12, 15, 17, 22, 23]
+    found = statistics.survival(times, ends)
+    assert found.median == 23 and found.events == 9 and found.n == 21
+    remaining = dict(zip(found.times.tolist(), found.remaining.tolist()))
+    assert [remaining[6], remaining[22]] == pytest.approx([0.857, 0.538], abs=1e-3)
+    assert statistics.survival(placebo, [0] * 21).median == 8
+    # chi-square 16.79
+    p = statistics.logrank_p(times, ends, placebo, [0] * 21)
+    assert p == pytest.approx(stats.chi2.sf(16.79, 1), rel=0.01)
+    never = statistics.survival([None] * 3, [9] * 3)
+    assert np.isnan(never.median) and never.events == 0
+    assert np.isnan(statistics.logrank_p([None], [9], [None], [9]))
+
+
+def test_intervals_are_those_of_other_programs():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=12), rng.normal(size=12)
+    found, theirs = statistics.paired(a, b), stats.ttest_rel(a, b).confidence_interval()
+    assert [found.low, found.high] == pytest.approx([theirs.low, theirs.high])
+    assert np.isnan(statistics.mean([1.0]).low) and statistics.mean([1.0]).sign() == 0
+    found, theirs = statistics.share([1, 1, 0, 1]), stats.binomtest(3, 4).proportion_ci(
+        method='wilson')
+    assert [found.low, found.high] == pytest.approx([theirs.low, theirs.high])
+
+
+def test_the_interval_of_paired_shares_covers():
+    """In draws from a known distribution, about 95 % of the intervals hold the true difference."""
+    rng, inside = np.random.default_rng(1), 0
+    for _ in range(2000):
+        u = rng.random(20)
+        a, b = u < 0.7, u < rng.choice([0.4, 0.9], size=20)  # not independent
+        found = statistics.paired_shares(a.tolist(), b.tolist())
+        inside += found.low <= 0.7 - 0.65 <= found.high
+    assert 0.93 < inside / 2000 < 0.985
+
+
+# sentences
+
+
+def cell(algorithm='classical', at=1000, shift=1, accuracy=0.95):
+    iters = list(range(100, 3001, 100))
+    rises = [0.9 if at is not None and i >= at else 0.1 for i in iters]
+    earlier = [0.9 if at is not None and i >= at - 200 else 0.1 for i in iters]
+    scores = dict.fromkeys(study_report.EVENTS, earlier) | {
+        'accuracy': rises, 'induction': rises, 'classical': rises}
+    return {'max_iters': 3000, 'own_accuracy': 0.9,
+            'development': {'iters': iters, 'losses': [3.0] * len(iters), 'scores': scores},
+            'circuit': {'algorithm': algorithm, 'shift': shift, 'accuracy': accuracy,
+                        'chance': 1 / 64, 'score': rises[-1], 'without_named': 0.01,
+                        'without_others': 0.9, 'named': 4}}
+
+
+def of_cells(**cells):
+    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
+    return study_report.Study({(name, ''): dict(enumerate(found)) for name, found in cells.items()},
+                              {}, labels)
+
+
+def test_a_difference_is_said_where_its_interval_excludes_zero_alone():
+    shifted = cell('shifted', shift=4)
+    alike = of_cells(mha=[cell(), shifted] * 5, mla32=[shifted, cell()] * 5)
+    claim, = study_report.algorithms(alike).claims
+    assert claim.startswith('No difference seen') and '+0%' in claim and '10 pairs' in claim
+    apart = of_cells(mha=[shifted] * 9 + [cell()], mla32=[cell()] * 10)
+    claim, = study_report.algorithms(apart).claims
+    assert claim.startswith('MLA 32 ends in the classical circuit more often') and '+90%' in claim
+    claim, = study_report.algorithms(of_cells(mha=[cell()] * 10, mla32=[shifted] * 10)).claims
+    assert 'less often' in claim and '-100%' in claim
+    few = of_cells(mha=[shifted] * 2, mla32=[cell()] * 2)
+    assert study_report.algorithms(few).claims == []
+
+
+def test_runs_that_never_form_count_in_the_times():
+    late = of_cells(mha=[cell(at=None, algorithm='none')] * 8, mla32=[cell(at=900)] * 8)
+    finding = study_report.times(late)
+    assert finding.rows[1][2] == 0 and 'not reached' in finding.rows[1][3]
+    assert finding.rows[2][3].startswith('900') and ' differ:' in finding.claims[0]
+    same = study_report.times(of_cells(mha=[cell()] * 4, mla32=[cell()] * 4))
+    assert 'do not differ visibly' in same.claims[0]
+
+
+def test_what_comes_first():
+    claim, = study_report.birth(of_cells(mha=[cell(at=1000), cell(at=1500), cell(at=2000)])).claims
+    assert 'before the induction head' in claim and '-200 (-200 to -200)' in claim
+    wobbles = cell(at=1000)
+    wobbles['development']['scores'] |= {'previous': [0.1, 0.9, 0.1, *[0.1] * 17, *[0.9] * 10]}
+    assert study_report.half_way(wobbles, 'previous') == 2100
+
+
+def test_the_report_is_one_page(tmp_path):
+    for name, found in (('mha', cell('shifted', shift=4)), ('decoupled32', cell())):
+        for seed in range(4):
+            (tmp_path / 'cells').mkdir(exist_ok=True)
+            (tmp_path / 'cells' / f'{name}-{seed}.json').write_text(json.dumps(
+                {'cell': {'attention': name, 'seed': seed, 'variation': ''}, **found}))
+    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
+    page = study_report.write_report(tmp_path, labels, 'python study.py').read_text()
+    assert 'MLA 32 decoupled ends in the classical circuit more often' in page
+    assert 'src="http' not in page and page.count('data:image/png') >= 3
+    assert 'What this does not show' in page and (tmp_path / 'which_circuit_copies.png').exists()
+
+
+# cells
+
+
+def test_separate_latents_are_an_mla_whose_keys_and_values_share_nothing():
+    torch.manual_seed(0)
+    config = MLAConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=16, n_latent=8,
+                       rotary='all', bias=False)
+    model = study.GPT_SeparateLatents(config)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.99), 'cpu')
+    x = torch.randint(20, (4, 17))
+    for _ in range(5):
+        model(x[:, :-1], x[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for block in model.transformer.h:
+        assert block.attn.key.weight[:, :4].any() and not block.attn.key.weight[:, 4:].any()
+        assert block.attn.value.weight[:, 4:].any() and not block.attn.value.weight[:, :4].any()
+    ordinary = GPT_MLA.from_state_dict(config, model.state_dict()).eval()
+    assert torch.allclose(ordinary(x[:, :16])[0], model.eval()(x[:, :16])[0], atol=1e-6)
+
+
+def test_the_presets_hold_each_cell_once_and_the_larger_ones_the_smaller():
+    for name, cells in study.PRESETS.items():
+        assert len({cell.name for cell in cells}) == len(cells), name
+    assert set(study.PRESETS['minute']) < set(study.PRESETS['evening']) < set(
+        study.PRESETS['night'])
+    for cell in study.PRESETS['night']:  # all settings are the trainer's
+        attention = study.ATTENTIONS[cell.attention]
+        study.configure(cell.arguments(), TrainConfig, attention.model_class.config_class)
+
+
+def test_a_study_goes_on_after_a_kill(tmp_path):
+    """kill -9 of the program in the middle of training ends its workers. The same command then goes
+    on where each cell was, and a third one finds nothing to do."""
+    command = [sys.executable, 'study.py', '--preset=minute', '--max_iters=300',
+               f'--out_dir={tmp_path}']
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                             start_new_session=True)
+    runs = [tmp_path / 'runs/mha-1/ckpt.pt', tmp_path / 'runs/decoupled32-1/ckpt_mla.pt']
+    deadline = time.time() + 120
+    while not all(map(os.path.exists, runs)):
+        assert first.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not list((tmp_path / 'cells').glob('*.json'))
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 0 and '2 to train' in second.stdout, second.stderr
+    for name in ('mha-1', 'decoupled32-1'):
+        log = (tmp_path / 'runs' / name / 'log.txt').read_text()
+        assert log.count('step      0') == 1 and log.count('context 32') == 2  # it went on
+        found = json.loads((tmp_path / 'cells' / f'{name}.json').read_text())
+        assert found['development']['iters'] == [100, 200, 300]
+    assert 'val loss' in (tmp_path / 'report.html').read_text()
+    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert third.returncode == 0 and '0 to train' in third.stdout
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--preset=noon'], "preset='noon'"), (['--workers=0'], 'workers=0'), (['--out_dir='], 'empty'),
+    (['--out_dir=/proc/none'], 'cannot be written to'), (['--max_iters=0'], 'max_iters=0')])
+def test_bad_settings(args, words, program):
+    code, _, err = program(study.main, *args)
+    assert code == 2 and words in err and err.count('\n') == 1
