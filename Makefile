@@ -2,6 +2,7 @@
 # make test     run the tests
 # make check    look for long lines, unused names and imports out of order
 # make docs     write docs/reference.md anew, from the programs' keys
+# make study    train one pair of models that learn to copy, and find the circuits
 # make assets   draw the pictures in assets/ (of the models of the last make quick)
 
 SHELL := /bin/bash
@@ -10,10 +11,13 @@ PYTHON := $(shell for p in python3 python3.12 python3.11 python3.13 python3.14 p
 RUN := .venv/bin/python
 QUICK := out_shakespeare_quick
 
-.PHONY: quick test check docs assets clean
+.PHONY: quick study test check docs assets clean
 
 quick: .venv/installed data/shakespeare_char/meta.pkl
 	$(RUN) test_shakespeare_quick.py
+
+study: .venv/installed
+	$(RUN) study.py --preset=minute
 
 test: .venv/installed
 	$(RUN) -m pytest -q -n 2
@@ -48,4 +52,4 @@ data/shakespeare_char/meta.pkl: | .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv out_shakespeare_quick out_analysis out_report out_residual_space
+	rm -rf .venv out_study out_shakespeare_quick out_analysis out_report out_residual_space

@@ -15,6 +15,7 @@ was, so the same command carries on after a kill or adds seeds. At the end repor
 
 import json
 import os
+import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -29,18 +30,18 @@ import torch
 
 from analysis import development, induction_circuit, latent_surgery
 from analysis.program import as_json, load_subject
-from data.induction.prepare import CHARACTERS, draw_sequences
-from data.pipeline import default_workers, in_workers, worker_pool
+from analysis.record import final_stream, record
 from model import GPT
 from model_mla import GPT_MLA, MultiLatentAttention
 from runtime.checkpoint import checkpoint_path, read_checkpoint
-from runtime.dataset import write_splits
+from runtime.dataset import open_data
 from runtime.progress import progress_bar
 from runtime.record import write_file
-from runtime.tokenizer import make_tokenizer
+from runtime.workers import default_workers, in_workers, worker_pool
 from study_report import write_report
 from train import TrainConfig, launch
 
+HERE = Path(__file__).resolve().parent
 RECIPE = 'config/train_induction.py'
 
 
@@ -166,11 +167,9 @@ def prepare(cells, out_dir):
     """Write the bins that are missing."""
     for folder, task, vocabulary in dict.fromkeys(dataset_of(cell, out_dir) for cell in cells):
         if not (folder / 'val.bin').exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            ids, _ = draw_sequences(task, 170_000, 33, vocabulary, seed=1337)
-            tokenizer = make_tokenizer(CHARACTERS[:vocabulary])
-            with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere):
-                write_splits(folder, ids[:160_000].ravel(), ids[160_000:].ravel(), tokenizer, 33)
+            subprocess.run([sys.executable, HERE / 'data/induction/prepare.py', f'--task={task}',
+                            f'--vocabulary={vocabulary}', f'--out_dir={folder}'], check=True,
+                           stdout=subprocess.DEVNULL)
 
 
 def train_cell(cell, out_dir, max_iters):
@@ -181,7 +180,7 @@ def train_cell(cell, out_dir, max_iters):
     model_class = attention.model_class
     # a checkpoint is that of a GPT_MLA, with which the control cannot go on
     start = 'scratch' if model_class is GPT_SeparateLatents else 'auto'
-    data, task, vocabulary = dataset_of(cell, out_dir)
+    data, *_ = dataset_of(cell, out_dir)
     arguments = [*cell.arguments(), f'--max_iters={max_iters}', f'--dataset={data}',
                  f'--out_dir={folder}', f'--init_from={start}', '--device=cpu']
     path = checkpoint_path(folder, model_class.model_type)
@@ -194,16 +193,18 @@ def train_cell(cell, out_dir, max_iters):
         subject = load_subject(str(path), 'cpu')
         formed = development.analyse(subject, development.Config())
         circuit = induction_circuit.analyse(subject, induction_circuit.Config())
-    ids, known = draw_sequences(task, 500, 33, vocabulary, seed=1)
-    with torch.no_grad():
-        x = subject.model.embed(torch.from_numpy(ids[:, :-1]))
-        for block in subject.model.transformer.h:
-            x = block(x)
-        guesses = subject.model.unembed(x).argmax(-1).numpy()
     found = {'cell': asdict(cell), 'max_iters': max_iters, 'torch': torch.__version__,
-             'own_accuracy': float((guesses == ids[:, 1:])[known[:, 1:]].mean()),
+             'late_accuracy': late_accuracy(subject.model, open_data(data).val),
              'circuit': circuit, 'development': formed}
     write_file(cell_file(cell, out_dir), (json.dumps(as_json(found)) + '\n').encode())
+
+
+def late_accuracy(model, tokens):
+    """How often the next token is the likeliest one, past the place 16 of the first 500 sequences
+    of 33 tokens. There the controls repeat what they have shown."""
+    ids = torch.from_numpy(tokens[:500 * 33].astype('int64')).view(-1, 33)
+    guesses = model.unembed(final_stream(record(model, ids[:, :-1]))).argmax(-1)
+    return float((guesses == ids[:, 1:])[:, 16:].double().mean())
 
 
 def operate_cell(cell, out_dir):

@@ -360,7 +360,7 @@ def controls(study):
         for name in study.present(variation):
             cells = list(study.of(name, variation).values())
             own, copies, score = (mean(values) for values in zip(*(
-                (c['own_accuracy'], c['circuit']['accuracy'], c['circuit']['score'])
+                (c['late_accuracy'], c['circuit']['accuracy'], c['circuit']['score'])
                 for c in cells)))
             finding.rows.append([study.labels[name], task, len(cells), own.text('{:.3f}'),
                                  copies.text('{:.3f}'), score.text('{:.2f}')])

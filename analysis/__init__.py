@@ -1,4 +1,5 @@
 """Questions asked of a trained model, one file each."""
 
-NAMES = ('induction_heads', 'attention_patterns', 'copying', 'composition', 'ioi', 'subspaces',
-         'latent_directions', 'spectrum', 'ablation', 'similarity', 'report')
+NAMES = ('induction_heads', 'induction_circuit', 'attention_patterns', 'copying', 'composition',
+         'ioi', 'subspaces', 'latent_directions', 'latent_surgery', 'spectrum', 'ablation',
+         'development', 'similarity', 'report')

@@ -35,10 +35,11 @@ import torch
 
 from analysis.circuits import folded_heads, part_of_scores
 from analysis.composition import chance, compositions, layers
-from analysis.induction_heads import copies_with_lags, shift_scores
+from analysis.induction_heads import batch_size, copies_with_lags, shift_scores
 from analysis.plots import Panel, draw_panels, field_maps, with_notes
 from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import final_stream, record
+from runtime.progress import progress_bar
 
 COPIES = 0.5  # copy accuracy from which a model is said to copy
 CONTROLS = 8  # draws of as many other heads
@@ -46,7 +47,7 @@ CONTROLS = 8  # draws of as many other heads
 
 @dataclass
 class Config(AnalysisConfig):
-    sequences: int = 200  # random sequences
+    sequences: int = 100  # random sequences
     threshold: float = 0.4  # mean attention from which a head reads; half of it: carries
     least = dict(sequences=1)
 
@@ -70,7 +71,8 @@ class Circuit:
     without_others: float  # mean accuracy without as many others; nan where there are none
     named: int  # heads that are named
     others: int  # heads in each draw of others: fewer than named where a layer has no more
-    alone: np.ndarray  # (n_layer, n_head) copy accuracy without that head
+    alone: np.ndarray  # (n_layer, n_head) copy accuracy without that head; nan where that was not
+                       # asked: of a model with more than 64 heads the named ones are
     shifted: np.ndarray  # (n_layer, n_head, shifts) attention to each shift, from 0
     back: np.ndarray  # (n_layer, n_head, shifts) attention to the token so many back
     note: str = ''  # which part of the scores the compositions are about
@@ -80,21 +82,26 @@ def copy_accuracy(model, copies, edit=None):
     """How often model is right on the tokens of the second copy but the first, which no one can
     know. edit is record's."""
     idx = copies.idx.to(model.lm_head.weight.device)
-    logits = model.unembed(final_stream(record(model, idx, edit)))
     places = copies.queries()[:, :-1]
-    guesses = logits.argmax(-1).cpu().gather(1, places)
-    return float((guesses == copies.idx.gather(1, places + 1)).double().mean())
+    rows = torch.arange(len(idx))[:, None]
+    right = 0
+    for part in torch.arange(len(idx)).split(batch_size(model, idx.size(1))):
+        x = final_stream(record(model, idx[part], edit))[rows[:len(part)], places[part]]
+        guesses = model.unembed(x).argmax(-1).cpu()  # (B, length - 1)
+        right += (guesses == copies.idx[part].gather(1, places[part] + 1)).sum().item()
+    return right / places.numel()
 
 
 def attention_back(model, idx, n):
     """The mean attention (n_layer, n_head, n) to the token 0, 1, ... n - 1 back, over the places of
     idx (B, T) that have so many before them."""
-    found = []
-    for block in record(model, idx):
-        pattern = block.pattern()
-        found.append(torch.stack([pattern.diagonal(-d, -2, -1)[..., n - 1 - d:].mean((0, -1))
-                                  for d in range(n)], dim=-1))
-    return torch.stack(found).cpu().double().numpy()
+    total = 0
+    for part in idx.split(batch_size(model, idx.size(1))):
+        patterns = torch.stack([torch.stack(
+            [block.pattern().diagonal(-d, -2, -1)[..., n - 1 - d:].mean(-1) for d in range(n)], -1)
+            for block in record(model, part)])  # (n_layer, B, n_head, n)
+        total = total + patterns.cpu().double().sum(1)
+    return (total / len(idx)).numpy()
 
 
 def names_of(heads):
@@ -176,8 +183,10 @@ def analyse(subject, config):
     draws = [draw_others(named, c, seed) for seed in range(CONTROLS)]
     n_others = len(draws[0])
     left = [copy_accuracy(model, copies, without(means, draw)) for draw in draws]
-    alone = [copy_accuracy(model, copies, without(means, [head]))
-             for head in np.ndindex(c.n_layer, c.n_head)]
+    alone = np.full((c.n_layer, c.n_head), np.nan)
+    asked = list(np.ndindex(alone.shape)) if alone.size <= 64 else named
+    for head in progress_bar(asked, 'without a head'):
+        alone[head] = copy_accuracy(model, copies, without(means, [head]))
     return Circuit(
         algorithm, accuracy, 1 / subject.n_vocab, float(best[leader]), shift, names_of(readers),
         *map(names_of, carriers.values()),
@@ -185,7 +194,7 @@ def analyse(subject, config):
         *(largest_composition(model, kind, heads, readers) for kind, heads in carriers.items()),
         copy_accuracy(model, copies, without(means, named)) if named else np.nan,
         float(np.mean(left)) if n_others else np.nan, len(named), n_others,
-        np.reshape(alone, (c.n_layer, c.n_head)), shifted, back, part_of_scores(model))
+        alone, shifted, back, part_of_scores(model))
 
 
 def table(result):

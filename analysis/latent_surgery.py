@@ -34,6 +34,7 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.circuits import orthonormal
+from analysis.induction_circuit import COPIES
 from analysis.induction_heads import copies_with_lags
 from analysis.program import AnalysisConfig, main
 from analysis.record import record, run_block
@@ -208,9 +209,13 @@ def analyse(subject, config):
         for i, n in enumerate((config.sequences, config.search, config.sequences)))
     other.first, other.lag = counted.first, counted.lag
     other.idx.scatter_(1, other.queries(), other.idx.gather(1, other.keys()[..., 0]))
+    whole = Layer(model, 0, counted).accuracy()
+    if whole < COPIES:
+        raise UserError(f'latent_surgery needs a model that copies, and {subject.source} copies '
+                        f'{whole:.0%} of a stretch that comes twice: train one with '
+                        'config/train_induction.py')
     bar = progress_bar(range(model.config.n_layer), 'surgery')
     parts = [operate(model, number, seen, counted, other, config, bar) for number in bar]
-    whole = Layer(model, 0, counted).accuracy()
     return Surgery(whole, 1 / subject.n_vocab, config.cost, *map(list, zip(*parts)))
 
 

@@ -28,6 +28,9 @@ PARTS = {
     'induction_heads': 'The prefix-matching score is the mean attention, over the second copy of '
         'repeated random tokens, to the token that followed the same token in the first copy: 1 is '
         'a perfect induction head.',
+    'induction_circuit': 'Where heads look when a stretch of random tokens comes twice, at lags '
+        'that differ: at the first occurrence (0), at what followed it (1: classical induction) or '
+        'further (shifted); how far back they look; and how much is copied without each head.',
     'attention_patterns': 'Mean attention to the previous, the current and the first token and to '
         'the last occurrence of the same one, and the entropy of attention as a share of that of '
         'even attention, over repeated random tokens.',

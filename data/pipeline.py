@@ -11,13 +11,9 @@ import codecs
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
-import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -32,6 +28,7 @@ from runtime.dataset import SPLITS
 from runtime.progress import progress_bar
 from runtime.record import id_dtype, write_record
 from runtime.tokenizer import make_tokenizer
+from runtime.workers import in_workers
 
 SEED = 2357  # nanoGPT's
 MOST_SHUFFLED = 100_000_000  # their order takes 0.8 GB of memory
@@ -40,47 +37,6 @@ PIECE = 1_000_000  # bytes; a longer document is tokenized in pieces, so that me
 LEAST_PARTS = 100  # of a small corpus, so that the workers end together
 LEAST_WHOLE = 10  # documents of val; fewer are too few to be the share of the text that is wanted
 OWN_FILES = ('train.bin', 'val.bin', 'meta.pkl', 'meta.json')
-
-
-@contextmanager
-def worker_pool(workers):
-    # a forked child can wait for ever for a thread of Arrow's that it does not have
-    spawn = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(workers, spawn, follow_parent) as pool:
-        yield pool
-
-
-def default_workers():
-    """A worker for each core that this process may use, at most twelve, which together stay under
-    2 GB."""
-    has_affinity = hasattr(os, 'sched_getaffinity')
-    return min(12, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
-
-
-def follow_parent():
-    """Let this worker end when its parent ends in whatever way, and at Ctrl-C without a
-    traceback."""
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def in_workers(pool, function, tasks, **bar):
-    """Call function(*arguments) in the pool for each (arguments, amount of work) of tasks. Returns
-    what it returns, in no particular order."""
-    futures = {pool.submit(function, *arguments): amount for arguments, amount in tasks}
-    total = sum(futures.values())
-    with progress_bar(total=total, unit_scale=True, **bar) as progress:
-        try:
-            for future in as_completed(futures):
-                future.result()
-                progress.update(futures[future])
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
 
 
 # The work folder

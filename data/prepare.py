@@ -40,6 +40,7 @@ from data.vocabulary import known_spec, write_tokenizer
 from runtime.dataset import SPLITS
 from runtime.lock import locked
 from runtime.record import read_record
+from runtime.workers import default_workers, worker_pool
 
 LARGE = 1e9  # bytes of text, from which on nanoGPT's share goes to val
 SHORT = 1025  # tokens; fewer do not hold a window of the usual block_size
@@ -130,7 +131,7 @@ def prepare(config):
     folder cannot be written."""
     out_dir = Path(config.out_dir)
     work = out_dir / 'parts'
-    workers = config.workers or pipeline.default_workers()
+    workers = config.workers or default_workers()
     if not work.exists():
         pipeline.check_unused(out_dir)
     spec, bins_per_text = known_spec(config.tokenizer), BINS_PER_TEXT.get(config.tokenizer, 1)
@@ -144,7 +145,7 @@ def prepare(config):
     identity = [config.text_key, config.part_documents, config.tokenizer, spec, config.vocab_size,
                 config.val_share, *identity]
     if not pipeline.open_work(work, identity):
-        with pipeline.worker_pool(workers) as pool:
+        with worker_pool(workers) as pool:
             if config.source:
                 cut = CUTS.get(config.tokenizer, 'nowhere')
                 documents, counts = pipeline.copy_texts(pool, files, work, config.text_key, cut)

@@ -11,9 +11,10 @@ from configurator import UserError
 
 import numpy as np
 
-from data.pipeline import LEAST_PARTS, in_workers, whole_file
+from data.pipeline import LEAST_PARTS, whole_file
 from runtime.record import read_record
 from runtime.tokenizer import file_tokenizer
+from runtime.workers import in_workers
 
 END_OF_TEXT = '<|endoftext|>'
 MOST_LEARNED = 1_000_000_000  # characters that byte pairs are learned from

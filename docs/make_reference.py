@@ -45,7 +45,9 @@ PROGRAMS = [
     ('bench.py train', 'bench', 'StepConfig'),
     ('bench.py k-ahead', 'bench', 'KAheadDecodeConfig'),
     ('bench.py prepare', 'bench', 'PrepareBenchConfig'),
+    ('study.py', 'study', 'StudyConfig'),
     ('data/prepare.py', 'data.prepare', 'PrepareConfig'),
+    ('data/induction/prepare.py', 'data.induction.prepare', 'InductionConfig'),
     ('visualize_residual_space_gpt2.py', 'visualize_residual_space_gpt2', 'ResidualConfig'),
 ]
 MODEL_KEYS = [

@@ -1,18 +1,25 @@
 """Shifts of induction heads, the circuit that copies, what removal does to it, and when it forms:
 on models made by hand, whose circuits are known, and by properties."""
 
+import json
+from functools import partial
+
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
 from analysis_models import copying_model, exact_mla, induction_model, random_model, same_function
 from conftest import tiny_model
 
-from analysis import induction_circuit, induction_heads, latent_surgery
+from analysis import development, induction_circuit, induction_heads, latent_surgery
 from analysis.program import Subject
+from analysis.program import main as analysis_main
 from analysis.record import record, run_block
 from data.induction.prepare import CHARACTERS
 from model import GPT
 from model_mla import GPT_MLA
+from runtime.checkpoint import save_checkpoint
 from runtime.tokenizer import make_tokenizer
 
 
@@ -244,3 +251,48 @@ def test_the_steepest_direction_takes_most_trust_away_to_first_order():
         return ((more - less) / (2 * step)).item()
     others = space.random(torch.Generator().manual_seed(0))
     assert fall(u) > max(fall(others[:, [i]]) for i in range(20)) and fall(u) > 0
+
+
+# programs
+
+
+@pytest.fixture
+def run_that_learned(tmp_path):
+    """A run of two checkpoints: of a model that has learned nothing, and of one that copies."""
+    copying = copying_model(1)
+    tokenizer = make_tokenizer(CHARACTERS[:copying.config.vocab_size])
+    for iteration, model in ((100, GPT(copying.config).eval()), (200, copying)):
+        rows = ''.join(json.dumps({'iter': n, 'val_loss': 4 - n / 100}) + '\n'
+                       for n in range(100, iteration + 1, 100))
+        save_checkpoint(tmp_path / 'ckpt.pt', model, tokenizer, {}, iteration, keep=5, metrics=rows)
+    return tmp_path / 'ckpt.pt'
+
+
+def test_development_reads_the_checkpoints_of_a_run(run_that_learned, program, tmp_path):
+    torch.manual_seed(0)
+    out = tmp_path / 'out'
+    call = partial(program, lambda: analysis_main('development', development.Config,
+                                                  development.analyse, development.table,
+                                                  development.plot))
+    code, stdout, err = call(run_that_learned, f'--out_dir={out}', '--device=cpu')
+    assert code == 0 and 'induction above 0.8: iteration 200' in stdout, err
+    found = json.loads((out / 'development.json').read_text())
+    assert found['iters'] == [100, 200] and found['losses'] == [3.0, 2.0]
+    assert found['scores']['accuracy'][0] < 0.2 and found['scores']['accuracy'][1] > 0.97
+    assert found['scores']['previous'][1] > 0.9 and (out / 'development.png').exists()
+    (run_that_learned.parent / 'ckpt.pt.1').unlink()
+    code, _, err = call(run_that_learned, '--device=cpu')
+    assert code == 2 and '--keep_checkpoints=100' in err and err.count('\n') == 1
+
+
+def test_surgery_needs_a_model_that_copies():
+    with pytest.raises(UserError, match='config/train_induction.py'):
+        latent_surgery.analyse(of(tiny_model(GPT)), latent_surgery.Config(sequences=5))
+
+
+@pytest.mark.parametrize('analyse, config, words', [
+    (induction_circuit.analyse, induction_circuit.Config(), 'n_layer=1'),
+    (development.analyse, development.Config(), 'n_layer=1')])
+def test_what_one_layer_cannot_do(analyse, config, words):
+    with pytest.raises(UserError, match=words):
+        analyse(of(tiny_model(GPT, n_layer=1)), config)

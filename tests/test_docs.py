@@ -25,7 +25,7 @@ from analysis import NAMES
 from analysis.program import AnalysisConfig
 from bench import DecodeConfig, KAheadDecodeConfig, PrepareBenchConfig, StepConfig
 from convert_mla import ConvertConfig
-from data import pipeline, prepare, tiny_shakespeare
+from data import prepare, tiny_shakespeare
 from data.prepare import PrepareConfig
 from evaluate import EvaluateConfig
 from export_huggingface import ExportConfig
@@ -64,6 +64,14 @@ NOT_RUN = {  # commands that the test of a page does not run, and why
     'python data/openwebtext/prepare.py': NETWORK,
     'python data/prepare.py --dataset=HuggingFaceFW/fineweb-edu --subset=sample-10BT '
     '--out_dir=data/fineweb --tokenizer=gpt2': NETWORK,
+    'python study.py --preset=minute': 'takes minutes; ' + TESTED + 'tests/test_study.py',
+    'python study.py --preset=evening': 'takes an hour; ' + TESTED + 'tests/test_study.py',
+    'python study.py --preset=night': 'takes a night; ' + TESTED + 'tests/test_study.py',
+    'make study': 'is python study.py --preset=minute',
+    'python -m analysis.development out_induction/ckpt.pt': 'needs a long run; ' + TESTED +
+        'tests/test_circuits_that_copy.py',
+    'python -m analysis.latent_surgery out_induction/ckpt.pt': 'needs a long run; ' + TESTED +
+        'tests/test_circuits_that_copy.py',
     'python bench.py train --steps=1': TESTED + 'tests/test_bench.py',
     'python bench.py prepare --against=../nanoGPT': NANOGPT,
     'python bench.py decode --contexts=1 --new_tokens=512 --against=../nanoGPT,transformers':
@@ -87,6 +95,7 @@ SHORTER = {
     'bench.py k-ahead': '--prompts=2 --new_tokens=4',
     'convert_mla.py': '--calibration_tokens=256',
     'data/prepare.py': '--workers=1',
+    'data/induction/prepare.py': '--sequences=64 --out_dir=data/induction',
     'data/openwebtext/prepare.py': '--workers=1',
     'analysis.induction_heads': '--sequences=2',
     'analysis.attention_patterns': '--sequences=2',
@@ -171,7 +180,7 @@ def world(prepared, tmp_path, monkeypatch):
         program = importlib.import_module(f'data.{name}.prepare')
         monkeypatch.setattr(program, 'HERE', tmp_path / 'data' / name)
     monkeypatch.setattr(prepare, 'HERE', tmp_path / 'data')
-    monkeypatch.setattr(pipeline, 'ProcessPoolExecutor',
+    monkeypatch.setattr('runtime.workers.ProcessPoolExecutor',
                         lambda workers, *args: ThreadPoolExecutor(workers))
     # drawing takes most of the time, and other tests look at the pictures
     monkeypatch.setattr(Figure, 'savefig', lambda figure, path, **_: Path(path).write_bytes(b'PNG'))

@@ -269,7 +269,7 @@ def test_finished_bins_are_not_written_over(tmp_path, program, monkeypatch):
 
 def in_this_process(monkeypatch):
     """Threads in place of worker processes, which take a second to start."""
-    monkeypatch.setattr(pipeline, 'ProcessPoolExecutor',
+    monkeypatch.setattr('runtime.workers.ProcessPoolExecutor',
                         lambda workers, *args: ThreadPoolExecutor(workers))
     # none is kept open from one run to the next
     monkeypatch.setattr(pipeline, 'reader', lambda path: open(path, 'rb'))

@@ -28,7 +28,7 @@ TEXT = 'To be, or not to be,\nthat is the question:\n\nWhether it is nobler — 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """Threads in place of worker processes, and nothing is kept from one run to the next."""
-    monkeypatch.setattr(pipeline, 'ProcessPoolExecutor',
+    monkeypatch.setattr('runtime.workers.ProcessPoolExecutor',
                         lambda workers, *args: ThreadPoolExecutor(workers))
     monkeypatch.setattr(pipeline, 'reader', lambda path: open(path, 'rb'))
     monkeypatch.setattr(pipeline, 'tokenizer_at', pipeline.tokenizer_at.__wrapped__)

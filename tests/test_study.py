@@ -147,7 +147,7 @@ def cell(algorithm='classical', at=1000, shift=1, accuracy=0.95):
     earlier = [0.9 if at is not None and i >= at - 200 else 0.1 for i in iters]
     scores = dict.fromkeys(study_report.EVENTS, earlier) | {
         'accuracy': rises, 'induction': rises, 'classical': rises}
-    return {'max_iters': 3000, 'own_accuracy': 0.9,
+    return {'max_iters': 3000, 'late_accuracy': 0.9,
             'development': {'iters': iters, 'losses': [3.0] * len(iters), 'scores': scores},
             'circuit': {'algorithm': algorithm, 'shift': shift, 'accuracy': accuracy,
                         'chance': 1 / 64, 'score': rises[-1], 'without_named': 0.01,
