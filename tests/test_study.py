@@ -13,18 +13,22 @@ from configurator import UserError
 import numpy as np
 import pytest
 import torch
+from analysis_models import copying_model, random_model
 from conftest import tiny_model
 from scipy import stats
 
 import study
+import study_check
 import study_report
-from analysis import statistics
-from data.induction.prepare import InductionConfig, draw_sequences
+from analysis import induction_circuit, statistics
+from analysis.program import Subject, as_json
+from data.induction.prepare import CHARACTERS, InductionConfig, draw_sequences
 from data.induction.prepare import main as prepare_induction
 from evaluate import split_loss, token_losses
 from model import GPT
 from model_mla import GPT_MLA, MLAConfig
 from runtime.batches import TRAINING, Batches
+from runtime.checkpoint import save_checkpoint
 from runtime.dataset import open_data, write_splits
 from runtime.tokenizer import make_tokenizer
 from train import TrainConfig
@@ -233,6 +237,39 @@ def test_the_presets_hold_each_cell_once_and_the_larger_ones_the_smaller():
     for cell in study.PRESETS['night']:  # all settings are the trainer's
         attention = study.ATTENTIONS[cell.attention]
         study.configure(cell.arguments(), TrainConfig, attention.model_class.config_class)
+
+
+def save_cell(folder, name, model):
+    """A cell of a study, of a model that nobody has trained."""
+    tokenizer = make_tokenizer(CHARACTERS[:model.config.vocab_size])
+    kind = '' if model.model_type == 'gpt' else f'_{model.model_type}'
+    run = folder / 'runs' / name
+    run.mkdir(parents=True)
+    save_checkpoint(run / f'ckpt{kind}.pt', model, tokenizer, {}, 100)
+    (folder / 'cells').mkdir(exist_ok=True)
+    circuit = induction_circuit.analyse(Subject(model, tokenizer, '', name),
+                                        induction_circuit.Config())
+    (folder / 'cells' / f'{name}.json').write_text(json.dumps({'circuit': as_json(circuit)}))
+
+
+def test_figures_are_those_of_loops_in_float64(tmp_path, program):
+    sizes = dict(n_layer=2, n_head=4, n_embd=32, block_size=32, vocab_size=40, bias=False)
+    save_cell(tmp_path, 'copying', copying_model(4))
+    for name, model_class, settings in (
+            ('gqa', GPT, dict(rotary='all', n_kv_head=2)), ('mlp', GPT, {}),
+            ('mla', GPT_MLA, dict(rotary='all', n_latent=12, rotary_base=1000.0)),
+            ('decoupled', GPT_MLA, dict(rotary='decoupled', n_rotary=4, n_latent=12, mlp=False))):
+        save_cell(tmp_path, name, random_model(model_class, **sizes | settings))
+    code, out, err = program(study_check.main, tmp_path)
+    assert code == 0 and out.endswith('of 5 cells agree\n') and out[0] != '0', out + err
+    path = tmp_path / 'cells' / 'decoupled.json'
+    found = json.loads(path.read_text())
+    found['circuit']['score'] += 0.01
+    path.write_text(json.dumps(found))
+    code, out, _ = program(study_check.main, tmp_path)
+    assert code == 1 and 'decoupled: score is' in out
+    code, _, err = program(study_check.main, tmp_path / 'nowhere')
+    assert code == 2 and 'run python study.py' in err and err.count('\n') == 1
 
 
 def test_a_study_goes_on_after_a_kill(tmp_path):
