@@ -20,8 +20,8 @@ from analysis.report import PAGE
 from analysis.statistics import logrank_p, mean, paired, paired_shares, share, survival
 
 ALGORITHMS = {'classical': '#0072B2', 'shifted': '#E69F00', 'unnamed': '#999999', 'none': '#dddddd'}
-COLOURS = ['#0072B2', '#D55E00', '#CC79A7', '#009E73', '#E69F00', '#56B4E9', '#000000', '#999999',
-           '#8c564b', '#117733', '#882255', '#DDCC77']
+STYLES = [('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#000000', ':')]  # of curves
+CURVES = ('mha', 'mla32', 'decoupled32')  # more could not be told apart; the tables have all
 FORMED = 0.4  # attention of a head at its best shift from which induction has formed
 PAIRS = 3  # pairs of seeds from which a difference is spoken of
 
@@ -54,6 +54,11 @@ class Study:
     def present(self, variation=''):
         return [name for name in self.labels if self.of(name, variation)]
 
+    def styles(self):
+        """(attention, colour, line) of those whose curves are drawn."""
+        names = [name for name in self.present() if name in CURVES] or self.present()
+        return [(name, *style) for name, style in zip(names, STYLES)]
+
 
 def read_study(out_dir, labels):
     folders = {}
@@ -84,21 +89,19 @@ def compared(estimate, more, less, same, form='{:+.2f}'):
     return f'{sentence}: {estimate.text(form)}, {estimate.n} pairs of seeds.'
 
 
-def learning(study, variation=''):
+def learning(study):
     """When each model learns to copy."""
-    names = study.present(variation)
     finding = Finding('How the models learn to copy')
     figure = Figure(figsize=(12, 4), layout='constrained')
     axes = figure.subplots(1, 3)
     for ax, (key, title) in zip(axes, (('losses', 'val loss, nats'), ('accuracy', 'copy accuracy'),
                                        ('induction', 'attention of the best head to its shift'))):
-        for number, name in enumerate(names):
-            for i, cell in enumerate(study.of(name, variation).values()):
+        for name, colour, line in study.styles():
+            for i, cell in enumerate(study.of(name).values()):
                 formed = cell['development']
                 values = formed['losses'] if key == 'losses' else formed['scores'][key]
-                ax.plot(formed['iters'], [math.nan if x is None else x for x in values], lw=1.2,
-                        alpha=0.8, color=COLOURS[number],
-                        label=None if i else study.labels[name])
+                ax.plot(formed['iters'], [math.nan if x is None else x for x in values], line,
+                        lw=1.2, color=colour, label=None if i else study.labels[name])
         ax.set(title=title, xlabel='iteration')
         if key != 'losses':
             ax.set_ylim(-0.02, 1.02)
@@ -106,8 +109,8 @@ def learning(study, variation=''):
     axes[0].legend(fontsize=8)
     finding.figure = figure
     finding.rows = [['attention', 'seeds', 'copies, mean (95 %)', 'val loss, mean (95 %)']]
-    for name in names:
-        cells = study.of(name, variation).values()
+    for name in study.present():
+        cells = study.of(name).values()
         finding.rows.append([
             study.labels[name], len(cells),
             mean([cell['circuit']['accuracy'] for cell in cells]).text('{:.3f}'),
@@ -115,15 +118,15 @@ def learning(study, variation=''):
     return finding
 
 
-def algorithms(study, variation=''):
+def algorithms(study):
     """Which circuit each attention ends in."""
-    names = study.present(variation)
+    names = study.present()
     finding = Finding('Which circuit copies')
     figure = Figure(figsize=(9, 0.8 + 0.36 * len(names)), layout='constrained')
     ax = figure.subplots()
     finding.rows = [['attention', 'seeds', *ALGORITHMS, 'shifts', 'a head above 0.8 (95 %)']]
     for place, name in enumerate(names):
-        circuits = [cell['circuit'] for cell in study.of(name, variation).values()]
+        circuits = [cell['circuit'] for cell in study.of(name).values()]
         counts = {key: sum(c['algorithm'] == key for c in circuits) for key in ALGORITHMS}
         left = 0
         for key, colour in ALGORITHMS.items():
@@ -144,7 +147,7 @@ def algorithms(study, variation=''):
     ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
     finding.figure = figure
     for name in names[1:] if names[:1] == ['mha'] else []:
-        mha, other = study.pairs('mha', name, variation)
+        mha, other = study.pairs('mha', name)
         if len(mha) >= PAIRS:
             label = study.labels[name]
             finding.claims.append(compared(
@@ -156,22 +159,22 @@ def algorithms(study, variation=''):
     return finding
 
 
-def times(study, variation=''):
+def times(study):
     """How long it takes until a head has formed."""
-    names = study.present(variation)
+    names = study.present()
     finding = Finding('When induction forms')
     figure = Figure(figsize=(9, 4.2), layout='constrained')
     ax = figure.subplots()
     finding.rows = [['attention', 'seeds', 'formed', 'median iteration (95 %)']]
     groups = {}
-    for number, name in enumerate(names):
-        cells = list(study.of(name, variation).values())
+    for name in names:
+        cells = list(study.of(name).values())
         groups[name] = [emergence(c) for c in cells], [c['max_iters'] for c in cells]
         found = survival(*groups[name])
-        ax.step([0, *found.times, max(groups[name][1])],
-                [0, *(1 - found.remaining), 1 - found.remaining[-1]], where='post', lw=1.8,
-                color=COLOURS[number], ls='-' if number % 2 == 0 else '--',
-                label=study.labels[name])
+        for _, colour, line in [style for style in study.styles() if style[0] == name]:
+            ax.step([0, *found.times, max(groups[name][1])],
+                    [0, *(1 - found.remaining), 1 - found.remaining[-1]], line, where='post',
+                    lw=1.8, color=colour, label=f'{study.labels[name]}, {found.n} seeds')
         ends = [f'{x:,.0f}' if math.isfinite(x) else 'not reached'
                 for x in (found.median, found.low, found.high)]
         finding.rows.append([study.labels[name], found.n, found.events,
@@ -211,7 +214,7 @@ def birth(study):
     figure = Figure(figsize=(9, 4.4), layout='constrained')
     ax = figure.subplots()
     finding.rows = [['attention', 'classical runs', *EVENTS.values()]]
-    for number, name in enumerate(study.present()):
+    for number, (name, colour, _) in enumerate(study.styles()):
         cells = [c for c in study.of(name).values() if is_classical(c)]
         if len(cells) < PAIRS:
             continue
@@ -220,9 +223,9 @@ def birth(study):
             lag = paired([half_way(c, key) for c in cells],
                          [half_way(c, 'induction') for c in cells])
             row.append(lag.text('{:+,.0f}'))
-            ax.errorbar(lag.value, place + 0.09 * (number - 4), fmt='o', ms=4,
+            ax.errorbar(lag.value, place + 0.18 * (number - 1), fmt='osD^'[number], ms=4,
                         xerr=[[lag.value - lag.low], [lag.high - lag.value]],
-                        color=COLOURS[number], label=None if place else study.labels[name])
+                        color=colour, label=None if place else study.labels[name])
             if key == 'previous':
                 when = {1: 'after', -1: 'before', 0: ''}[lag.sign()]
                 said = (f'is half formed {when} the induction head' if when else
@@ -302,7 +305,7 @@ def surgery(study):
                      'at random']]
     figure = Figure(figsize=(10, 4), layout='constrained')
     axes, needs = figure.subplots(1, 2, sharey=True), {}
-    for number, name in enumerate(names):
+    for name, (colour, _) in zip(names, STYLES):
         runs = study.surgery[name, '']
         for layer, ax in enumerate(axes):
             found = {seed: run['surgery'] for seed, run in runs.items()}
@@ -318,7 +321,7 @@ def surgery(study):
             for key, mark in (('variance', '-'), ('random', ':')):
                 curves = [[s['accuracy'], *s['left'][layer][key]] for s in found.values()]
                 ax.plot([0, *next(iter(found.values()))['counts'][layer]], np.mean(curves, 0), mark,
-                        color=COLOURS[number],
+                        color=colour,
                         label=f'{study.labels[name]}, {key}' if layer == 0 else None)
             ax.set(title=f'layer {layer}', xlabel='directions removed', ylim=(-0.02, 1.02))
             ax.grid(alpha=0.3)
