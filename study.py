@@ -31,6 +31,7 @@ import torch
 from analysis import development, induction_circuit, latent_surgery
 from analysis.program import as_json, load_subject
 from analysis.record import final_stream, record
+from evaluate import split_loss
 from model import GPT
 from model_mla import GPT_MLA, MultiLatentAttention
 from runtime.checkpoint import checkpoint_path, read_checkpoint
@@ -82,6 +83,13 @@ ATTENTIONS = {
     **{f'mla{n}': mla(f'MLA {n}', n) for n in (2, 4, 8, 16, 32, 48, 64)},
     **{f'decoupled{n}': mla(f'MLA {n} decoupled', n, **DECOUPLED) for n in (16, 32, 48)},
     'separate': mla('MLA 32 + 32 separate', 64, GPT_SeparateLatents),
+    # rungs from MLA to DeepSeek's, of one cache: latent and rotary key are 32 numbers
+    'decoupled24': mla('MLA 24 decoupled', 24, **DECOUPLED),
+    'norm': mla('MLA 24 decoupled, norm', 24, latent_norm=True, **DECOUPLED),
+    'scale': mla('MLA 24 decoupled, norm, scale', 24, latent_norm=True, latent_scale=True, **DECOUPLED),
+    'query': mla('MLA 24 decoupled, norm, scale, query latent', 24, latent_norm=True, latent_scale=True,
+                 n_query_latent=32, **DECOUPLED),
+    'mqa': Attention('MQA', settings=(('n_kv_head', 1),)),
     'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
     'mla_learned': mla('MLA 32, learned positions', 32, rotary='none'),
 }
@@ -102,13 +110,12 @@ class Cell:
     def arguments(self):
         """The command line of the trainer."""
         settings = dict(ATTENTIONS[self.attention].settings) | VARIATIONS[self.variation]
-        settings.pop('task', None)
-        settings.pop('vocabulary', None)
-        return [RECIPE, *(f'--{key}={value}' for key, value in settings.items()),
-                f'--seed={self.seed}']
+        return [RECIPE, *(f'--{key}={value}' for key, value in settings.items()
+                          if key not in OF_DATA), f'--seed={self.seed}']
 
 
 # What is not as the recipe has it. task and vocabulary are those of data/induction/prepare.py.
+OF_DATA = ('task', 'vocabulary', 'dataset')
 VARIATIONS = {
     '': {},
     'mlp': dict(mlp=True),
@@ -117,6 +124,8 @@ VARIATIONS = {
     'slow': dict(learning_rate=1e-3),
     'period': dict(task='period'),
     'cycle': dict(task='cycle'),
+    'text': dict(dataset='shakespeare_char', mlp=True, block_size=64, learning_rate=1e-3,
+                 lr_schedule='cosine', lr_decay_iters=3000, min_lr=1e-4),
 }
 
 
@@ -129,6 +138,8 @@ def grid(attentions, seeds, variations=('',)):
 MAIN = ['mha', 'mla32', 'decoupled32']
 OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48', 'separate']
 SMALL = ['mla2', 'mla4', 'mla8']
+LADDER = ['mha_learned', 'mla_learned', 'mla32', 'decoupled24', 'norm', 'scale', 'query', 'mha',
+          'mqa']
 PRESETS = {
     'minute': grid(['mha', 'decoupled32'], [1]),
     'evening': [*grid(MAIN, range(1, 11)), *grid(OTHERS, range(1, 6)),
@@ -138,7 +149,7 @@ PRESETS = {
 PRESETS['night'] = [*dict.fromkeys([
     *PRESETS['evening'], *grid(MAIN + OTHERS, range(1, 21)), *grid(SMALL, range(1, 11)),
     *grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow']),
-    *grid(['mha_learned', 'mla_learned'], range(1, 6)),
+    *grid(['mha_learned', 'mla_learned'], range(1, 6)), *grid(LADDER, range(1, 6), ['text']),
     *grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle'])])]
 
 
@@ -157,19 +168,22 @@ class StudyConfig:
 
 
 def dataset_of(cell, out_dir):
-    """The folder of the bins that a cell is trained on."""
+    """The folder of the bins that a cell is trained on, and the command that writes them."""
     varied = VARIATIONS[cell.variation]
+    if 'dataset' in varied:
+        folder = HERE / 'data' / varied['dataset']
+        return folder, (folder / 'prepare.py',)
     task, vocabulary = varied.get('task', 'stretch'), varied.get('vocabulary', 64)
-    return Path(out_dir) / 'data' / f'{task}_{vocabulary}', task, vocabulary
+    folder = Path(out_dir) / 'data' / f'{task}_{vocabulary}'
+    return folder, (HERE / 'data/induction/prepare.py', f'--task={task}',
+                    f'--vocabulary={vocabulary}', f'--out_dir={folder}')
 
 
 def prepare(cells, out_dir):
     """Write the bins that are missing."""
-    for folder, task, vocabulary in dict.fromkeys(dataset_of(cell, out_dir) for cell in cells):
+    for folder, command in dict.fromkeys(dataset_of(cell, out_dir) for cell in cells):
         if not (folder / 'val.bin').exists():
-            subprocess.run([sys.executable, HERE / 'data/induction/prepare.py', f'--task={task}',
-                            f'--vocabulary={vocabulary}', f'--out_dir={folder}'], check=True,
-                           stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
 
 
 def train_cell(cell, out_dir, max_iters):
@@ -180,7 +194,7 @@ def train_cell(cell, out_dir, max_iters):
     model_class = attention.model_class
     # a checkpoint is that of a GPT_MLA, with which the control cannot go on
     start = 'scratch' if model_class is GPT_SeparateLatents else 'auto'
-    data, *_ = dataset_of(cell, out_dir)
+    data, _ = dataset_of(cell, out_dir)
     arguments = [*cell.arguments(), f'--max_iters={max_iters}', f'--dataset={data}',
                  f'--out_dir={folder}', f'--init_from={start}', '--device=cpu']
     path = checkpoint_path(folder, model_class.model_type)
@@ -193,9 +207,11 @@ def train_cell(cell, out_dir, max_iters):
         subject = load_subject(str(path), 'cpu')
         formed = development.analyse(subject, development.Config())
         circuit = induction_circuit.analyse(subject, induction_circuit.Config())
+        bins = open_data(str(data))
+        val_loss = split_loss(subject.model, bins.val, sequence=bins.sequence)
     found = {'cell': asdict(cell), 'max_iters': max_iters, 'torch': torch.__version__,
-             'late_accuracy': late_accuracy(subject.model, open_data(data).val),
-             'circuit': circuit, 'development': formed}
+             'val_loss': val_loss, 'circuit': circuit, 'development': formed,
+             'late_accuracy': late_accuracy(subject.model, bins.val) if bins.sequence else None}
     write_file(cell_file(cell, out_dir), (json.dumps(as_json(found)) + '\n').encode())
 
 

@@ -400,6 +400,28 @@ def variations(study):
     return finding
 
 
+def ladder(study):
+    """What each step from MLA to DeepSeek's gives on text."""
+    finding = Finding('The ladder, on text')
+    finding.rows = [['attention', 'seeds', 'val loss, bits per character (95 %)']]
+    steps = ['mha_learned', 'mla_learned', 'mla32', 'decoupled24', 'norm', 'scale', 'query', 'mqa',
+             'mha']
+    names = [name for name in steps if study.of(name, 'text')]
+    for name in names:
+        bits = [c['val_loss'] / math.log(2) for c in study.of(name, 'text').values()]
+        finding.rows.append([study.labels[name], len(bits), mean(bits).text('{:.4f}')])
+    for other, name in [*zip(names, names[1:]), ('mha', 'mla32'), ('mha', 'decoupled24'),
+                        ('mqa', 'mla32')]:
+        a, b = study.pairs(name, other, 'text')
+        if len(a) >= PAIRS and (other, name) not in (('query', 'mqa'), ('mqa', 'mha')):
+            label, before = study.labels[name], study.labels[other]
+            finding.claims.append(compared(
+                paired(*([c['val_loss'] / math.log(2) for c in cells] for cells in (a, b))),
+                f'{label} has a higher loss than {before}', f'{label} has a lower loss than '
+                f'{before}', f'loss of {label} less that of {before}', '{:+.4f} bits'))
+    return finding
+
+
 LIMITS = '''Models of two layers, four heads and a context of 32, on one artificial task and with
 one recipe: nothing here says that larger models do the same. A circuit that forms after the last
 iteration counts as not formed. Times are known to 100 iterations. The fewest directions are the
@@ -427,7 +449,7 @@ def render(finding):
 def findings_of(study):
     """The Findings that the cells allow, in the order of the page."""
     found = [make(study) for make in (algorithms, times, birth, latent, surgery, causes,
-                                      variations, controls, learning)]
+                                      variations, controls, ladder, learning)]
     return [finding for finding in found if len(finding.rows) > 1]
 
 
