@@ -85,9 +85,9 @@ ATTENTIONS = {
     'separate': mla('MLA 32 + 32 separate', 64, GPT_SeparateLatents),
     # rungs from MLA to DeepSeek's, of one cache: latent and rotary key are 32 numbers
     'decoupled24': mla('MLA 24 decoupled', 24, **DECOUPLED),
-    'norm': mla('MLA 24 decoupled, norm', 24, latent_norm=True, **DECOUPLED),
-    'scale': mla('MLA 24 decoupled, norm, scale', 24, latent_norm=True, latent_scale=True, **DECOUPLED),
-    'query': mla('MLA 24 decoupled, norm, scale, query latent', 24, latent_norm=True, latent_scale=True,
+    'norm': mla('decoupled, norm', 24, latent_norm=True, **DECOUPLED),
+    'scale': mla('decoupled, norm, scale', 24, latent_norm=True, latent_scale=True, **DECOUPLED),
+    'query': mla('decoupled, norm, scale, query latent', 24, latent_norm=True, latent_scale=True,
                  n_query_latent=32, **DECOUPLED),
     'mqa': Attention('MQA', settings=(('n_kv_head', 1),)),
     'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
@@ -124,8 +124,8 @@ VARIATIONS = {
     'slow': dict(learning_rate=1e-3),
     'period': dict(task='period'),
     'cycle': dict(task='cycle'),
-    'text': dict(dataset='shakespeare_char', mlp=True, block_size=64, learning_rate=1e-3,
-                 lr_schedule='cosine', lr_decay_iters=3000, min_lr=1e-4),
+    'text': dict(dataset='shakespeare_char', mlp=True, block_size=64, batch_size=12,
+                 learning_rate=1e-3, lr_schedule='cosine', lr_decay_iters=3000, min_lr=1e-4),
 }
 
 
