@@ -157,12 +157,12 @@ PRESETS['night'] = [*dict.fromkeys([
 class StudyConfig:
     preset: Literal['minute', 'evening', 'night'] = 'minute'  # how much is trained
     out_dir: str = 'out_study'  # where models, numbers and report.html go
-    workers: int = default_workers()  # models that are trained at once
+    workers: int = 0  # models that are trained at once; 0: one for each core
     max_iters: int = 3000  # iterations of each; a circuit that forms later counts as not seen
     only_report: bool = False  # train nothing, and report what is there
 
     def __post_init__(self):
-        check_least(self, workers=1, max_iters=1)
+        check_least(self, workers=0, max_iters=1)
         if not self.out_dir:
             raise ValueError('out_dir is empty: give a folder')
 
@@ -303,6 +303,7 @@ def tell(cell, out_dir):
 def main():
     config, _ = configure(sys.argv[1:], StudyConfig)
     began, cells = time.time(), PRESETS[config.preset]
+    config.workers = config.workers or default_workers()
     try:
         for kind in ('cells', 'surgery'):
             (Path(config.out_dir) / kind).mkdir(parents=True, exist_ok=True)

@@ -89,6 +89,12 @@ def compared(estimate, more, less, same, form='{:+.2f}'):
     return f'{sentence}: {estimate.text(form)}, {estimate.n} pairs of seeds.'
 
 
+def spread(values, form='{:.3f}'):
+    """The median of values, and the lowest and highest."""
+    middle, low, high = (form.format(f(values)) for f in (np.median, min, max))
+    return f'{middle} ({low} to {high})'
+
+
 def learning(study):
     """When each model learns to copy."""
     finding = Finding('How the models learn to copy')
@@ -108,13 +114,14 @@ def learning(study):
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     finding.figure = figure
-    finding.rows = [['attention', 'seeds', 'copies, mean (95 %)', 'val loss, mean (95 %)']]
+    finding.rows = [['attention', 'seeds', 'copies, median (lowest to highest)',
+                     'val loss, median (lowest to highest)']]
     for name in study.present():
         cells = study.of(name).values()
         finding.rows.append([
             study.labels[name], len(cells),
-            mean([cell['circuit']['accuracy'] for cell in cells]).text('{:.3f}'),
-            mean([cell['development']['losses'][-1] for cell in cells]).text('{:.3f}')])
+            spread([cell['circuit']['accuracy'] for cell in cells]),
+            spread([cell['development']['losses'][-1] for cell in cells])])
     return finding
 
 
@@ -189,9 +196,10 @@ def times(study):
             continue
         p = logrank_p(*groups['mha'], *groups[name])
         seen = 'differ' if p < 0.05 else 'do not differ visibly'
+        chance = f'p = {p:.3f}' if p >= 0.001 else 'p < 0.001'
         finding.claims.append(
             f'The times of MHA and {study.labels[name]} until a head is above {FORMED} {seen}: '
-            f'log-rank p = {p:.3f}, {len(groups["mha"][0])} and {len(groups[name][0])} seeds.')
+            f'log-rank {chance}, {len(groups["mha"][0])} and {len(groups[name][0])} seeds.')
     return finding
 
 
@@ -248,8 +256,8 @@ def birth(study):
 def causes(study):
     """Whether the heads that are named are the circuit."""
     finding = Finding('The named heads are the cause')
-    finding.rows = [['attention', 'runs', 'copies', 'without the named heads',
-                     'without as many others', 'named']]
+    finding.rows = [['attention', 'runs', 'copies, median (lowest to highest)',
+                     'without the named heads', 'without as many others', 'named, mean']]
     both = []
     for name in study.present():
         circuits = [c['circuit'] for c in study.of(name).values()
@@ -260,7 +268,7 @@ def causes(study):
         both += circuits
         finding.rows.append([
             study.labels[name], len(circuits),
-            *(mean([c[key] for c in circuits]).text('{:.3f}')
+            *(spread([c[key] for c in circuits])
               for key in ('accuracy', 'without_named', 'without_others')),
             f'{mean([c["named"] for c in circuits]).value:.1f} of 8'])
     if len(both) >= PAIRS:
@@ -377,8 +385,8 @@ def controls(study):
 def variations(study):
     """Whether it depends on what else the models have."""
     finding = Finding('Does it depend on the recipe')
-    finding.rows = [['recipe', 'attention', 'seeds', 'classical', 'shifted', 'copies (95 %)',
-                     'formed']]
+    finding.rows = [['recipe', 'attention', 'seeds', 'classical', 'shifted',
+                     'copies, median (lowest to highest)', 'formed']]
     names = {'mlp': 'with MLPs', 'base10000': 'rotary base 10,000', 'wide': '128 wide',
              'slow': 'learning rate 1e-3'}
     for variation, text in names.items():
@@ -387,7 +395,7 @@ def variations(study):
             kinds = [c['circuit']['algorithm'] for c in cells]
             finding.rows.append([
                 text, study.labels[name], len(cells), kinds.count('classical'),
-                kinds.count('shifted'), mean([c['circuit']['accuracy'] for c in cells]).text(),
+                kinds.count('shifted'), spread([c['circuit']['accuracy'] for c in cells]),
                 sum(emergence(c) is not None for c in cells)])
             mha, other = study.pairs('mha', name, variation)
             if name != 'mha' and len(mha) >= PAIRS:

@@ -2,6 +2,7 @@
 programs'."""
 
 import gzip
+import html
 import importlib
 import io
 import json
@@ -67,7 +68,7 @@ NOT_RUN = {  # commands that the test of a page does not run, and why
     'python study.py --preset=minute': 'takes minutes; ' + TESTED + 'tests/test_study.py',
     'python study.py --preset=evening': 'takes an hour; ' + TESTED + 'tests/test_study.py',
     'python study.py --preset=night': 'takes a night; ' + TESTED + 'tests/test_study.py',
-    'make study': 'is python study.py --preset=minute',
+    'python study_check.py out_study': 'needs a study; ' + TESTED + 'tests/test_study.py',
     'python -m analysis.development out_induction/ckpt.pt': 'needs a long run; ' + TESTED +
         'tests/test_circuits_that_copy.py',
     'python -m analysis.latent_surgery out_induction/ckpt.pt': 'needs a long run; ' + TESTED +
@@ -279,6 +280,14 @@ def test_the_two_commands_come_first():
     blocks = (ROOT / 'README.md').read_text().split('```')
     assert 'make quick' in blocks[1] and 'make test' in blocks[1]
     assert blocks[3].startswith('sh\nsource .venv/bin/activate\n')
+
+
+def test_what_readme_quotes_stands_in_the_report():
+    """A rerun of the study that says otherwise must not leave a sentence here."""
+    quotes = re.findall(r'(?:^> .*\n)+', (ROOT / 'README.md').read_text(), re.M)
+    report = html.unescape((ROOT / 'study' / 'report.html').read_text())
+    said = [' '.join(quote.replace('> ', ' ').split()) for quote in quotes]
+    assert said and [sentence for sentence in said if sentence not in report] == []
 
 
 def test_readme_is_short():

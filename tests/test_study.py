@@ -300,8 +300,9 @@ def test_a_study_goes_on_after_a_kill(tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--preset=noon'], "preset='noon'"), (['--workers=0'], 'workers=0'), (['--out_dir='], 'empty'),
-    (['--out_dir=/proc/none'], 'cannot be written to'), (['--max_iters=0'], 'max_iters=0')])
+    (['--preset=noon'], "preset='noon'"), (['--workers=-1'], 'workers=-1'),
+    (['--out_dir='], 'empty'), (['--out_dir=/proc/none'], 'cannot be written to'),
+    (['--max_iters=0'], 'max_iters=0')])
 def test_bad_settings(args, words, program):
     code, _, err = program(study.main, *args)
     assert code == 2 and words in err and err.count('\n') == 1

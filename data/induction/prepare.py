@@ -38,7 +38,7 @@ PERIOD, LEAST_CYCLE = 16, 4
 
 @dataclass
 class InductionConfig:
-    out_dir: str = str(HERE)  # where the bins go
+    out_dir: str = ''  # where the bins go; '': beside this program
     task: Literal['stretch', 'period', 'cycle'] = 'stretch'  # what comes again
     sequences: int = 160_000  # of the train split; a sixteenth as many more are the val split
     length: int = 33  # characters in a sequence: block_size and one
@@ -74,7 +74,7 @@ def main():
     config, _ = configure(sys.argv[1:], InductionConfig)
     ids, _ = draw_sequences(config.task, config.sequences + config.sequences // 16, config.length,
                             config.vocabulary, config.seed)
-    out_dir = Path(config.out_dir)
+    out_dir = Path(config.out_dir or HERE)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
