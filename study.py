@@ -89,6 +89,9 @@ ATTENTIONS = {
     'scale': mla('decoupled, norm, scale', 24, latent_norm=True, latent_scale=True, **DECOUPLED),
     'query': mla('decoupled, norm, scale, query latent', 24, latent_norm=True, latent_scale=True,
                  n_query_latent=32, **DECOUPLED),
+    # what makes a wide decoupled latent late
+    **{f'normed{n}': mla(f'MLA {n} decoupled, norm', n, latent_norm=True, **DECOUPLED)
+       for n in (32, 48)},
     'mqa': Attention('MQA', settings=(('n_kv_head', 1),)),
     'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
     'mla_learned': mla('MLA 32, learned positions', 32, rotary='none'),
@@ -138,6 +141,7 @@ def grid(attentions, seeds, variations=('',)):
 MAIN = ['mha', 'mla32', 'decoupled32']
 OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48', 'separate']
 SMALL = ['mla2', 'mla4', 'mla8']
+NORMED = ['normed32', 'normed48']
 LADDER = ['mha_learned', 'mla_learned', 'mla32', 'decoupled24', 'norm', 'scale', 'query', 'mha',
           'mqa']
 PRESETS = {
@@ -148,6 +152,7 @@ PRESETS = {
 }
 PRESETS['night'] = [*dict.fromkeys([
     *PRESETS['evening'], *grid(MAIN + OTHERS, range(1, 21)), *grid(SMALL, range(1, 11)),
+    *grid(NORMED, range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow']),
     *grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow']),
     *grid(['mha_learned', 'mla_learned'], range(1, 6)), *grid(LADDER, range(1, 6), ['text']),
     *grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle'])])]
@@ -321,6 +326,8 @@ def main():
         with worker_pool(min(config.workers, len(operated))) as pool:
             in_workers(pool, operate_cell, [((cell, config.out_dir), 1) for cell in operated],
                        desc='surgery')
+    if not any(cell_file(cell, config.out_dir).exists() for cell in cells):
+        raise UserError(f'out_dir={config.out_dir} has no cells to report: leave out --only_report')
     labels = {name: attention.label for name, attention in ATTENTIONS.items()}
     path = write_report(config.out_dir, labels, f'python study.py --preset={config.preset}')
     print(f'saved {path}, {(time.time() - began) / 60:.1f} minutes')

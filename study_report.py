@@ -305,6 +305,42 @@ def latent(study):
     return finding
 
 
+def late(study):
+    """What makes the decoupled form late where its latent is wide."""
+    finding = Finding('Why a wide decoupled latent is late')
+    finding.rows = [['attention', 'recipe', 'seeds', 'formed', 'median iteration',
+                     'copies, median (lowest to highest)']]
+    groups = [('decoupled16', ''), ('decoupled32', ''), ('decoupled48', ''), ('normed32', ''),
+              ('normed48', ''), ('decoupled48', 'slow')]
+    times = {}
+    for name, variation in groups:
+        cells = study.of(name, variation)
+        if not cells:
+            continue
+        times[name, variation] = {seed: emergence(c) for seed, c in cells.items()}
+        found = survival([*times[name, variation].values()],
+                         [c['max_iters'] for c in cells.values()])
+        finding.rows.append([
+            study.labels[name], 'learning rate 1e-3' if variation else 'as it is', len(cells),
+            found.events, f'{found.median:,.0f}' if math.isfinite(found.median) else 'not reached',
+            spread([c['circuit']['accuracy'] for c in cells.values()])])
+    for (name, variation), (other, _) in (
+            (('decoupled48', ''), ('decoupled16', '')), (('normed48', ''), ('decoupled48', '')),
+            (('normed32', ''), ('decoupled32', '')), (('decoupled48', 'slow'), ('decoupled48', ''))):
+        a, b = times.get((name, variation), {}), times.get((other, ''), {})
+        seeds = sorted(a.keys() & b.keys())
+        if len(seeds) < PAIRS:
+            continue
+        label = study.labels[name] + (' at learning rate 1e-3' if variation else '')
+        before = study.labels[other]
+        finding.claims.append(compared(
+            paired_shares(*([t[seed] is not None for seed in seeds] for t in (a, b))),
+            f'{label} forms induction more often than {before}',
+            f'{label} forms induction less often than {before}',
+            f'how often {label} forms induction less how often {before} does', '{:+.0%}'))
+    return finding
+
+
 def surgery(study):
     """How few directions carry it."""
     finding = Finding('How few directions of what keys and values read are needed')
@@ -456,7 +492,7 @@ def render(finding):
 
 def findings_of(study):
     """The Findings that the cells allow, in the order of the page."""
-    found = [make(study) for make in (algorithms, times, birth, latent, surgery, causes,
+    found = [make(study) for make in (algorithms, times, birth, latent, late, surgery, causes,
                                       variations, controls, ladder, learning)]
     return [finding for finding in found if len(finding.rows) > 1]
 

@@ -299,6 +299,11 @@ def test_a_study_goes_on_after_a_kill(tmp_path):
     assert third.returncode == 0 and '0 to train' in third.stdout
 
 
+def test_nothing_is_reported_of_nothing(program, tmp_path):
+    code, _, err = program(study.main, '--only_report=True', f'--out_dir={tmp_path}')
+    assert code == 2 and 'leave out --only_report' in err and err.count('\n') == 1
+
+
 @pytest.mark.parametrize('args, words', [
     (['--preset=noon'], "preset='noon'"), (['--workers=-1'], 'workers=-1'),
     (['--out_dir='], 'empty'), (['--out_dir=/proc/none'], 'cannot be written to'),
