@@ -324,9 +324,9 @@ def late(study):
             study.labels[name], 'learning rate 1e-3' if variation else 'as it is', len(cells),
             found.events, f'{found.median:,.0f}' if math.isfinite(found.median) else 'not reached',
             spread([c['circuit']['accuracy'] for c in cells.values()])])
-    for (name, variation), (other, _) in (
-            (('decoupled48', ''), ('decoupled16', '')), (('normed48', ''), ('decoupled48', '')),
-            (('normed32', ''), ('decoupled32', '')), (('decoupled48', 'slow'), ('decoupled48', ''))):
+    for name, variation, other in (('decoupled48', '', 'decoupled16'),
+                                   ('normed48', '', 'decoupled48'), ('normed32', '', 'decoupled32'),
+                                   ('decoupled48', 'slow', 'decoupled48')):
         a, b = times.get((name, variation), {}), times.get((other, ''), {})
         seeds = sorted(a.keys() & b.keys())
         if len(seeds) < PAIRS:
