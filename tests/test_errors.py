@@ -150,7 +150,7 @@ def test_a_checkpoint_that_cannot_be_resumed(change, tiny_args, tmp_path, progra
 @pytest.mark.parametrize('where', [0, 1])  # among the inputs or the targets
 def test_a_bin_too_large_to_be_checked_whole_is_checked_batch_by_batch(where, tiny_args, program,
                                                                        monkeypatch):
-    def draw(tokens, batch_size, block_size, seed, number):
+    def draw(tokens, batch_size, block_size, seed, number, sequence):
         batch = [np.zeros((batch_size, block_size), dtype=np.int64) for _ in range(2)]
         batch[where][0, 0] = 40
         return batch

@@ -119,7 +119,7 @@ def test_every_process_evaluates_its_share(data_dir, tmp_path, monkeypatch):
         wrap = max = staticmethod(lambda value: value)
     draw, seen = dataset.draw_batch, []
     monkeypatch.setattr(dataset, 'draw_batch',
-                        lambda *args: (seen.append(args[3:]), draw(*args))[1])
+                        lambda *args: (seen.append(args[3:5]), draw(*args))[1])
     config = TrainConfig(dataset=str(data_dir), out_dir=str(tmp_path / 'out'), eval_iters=5,
                          eval_only=True, batch_size=2, gradient_accumulation_steps=2, device='cpu')
     for rank, share in ((0, [0, 2, 4]), (1, [1, 3, 5])):  # the sixth one is not counted
