@@ -346,7 +346,7 @@ def surgery(study):
     finding = Finding('How few directions of what keys and values read are needed')
     names = [name for name in study.labels if study.surgery.get((name, ''))]
     finding.rows = [['attention', 'layer', 'runs', 'directions read', 'found', 'of most variance',
-                     'at random']]
+                     'at random', "patched: says the other's token"]]
     figure = Figure(figsize=(10, 4), layout='constrained')
     axes, needs = figure.subplots(1, 2, sharey=True), {}
     for name, (colour, _) in zip(names, STYLES):
@@ -360,8 +360,10 @@ def surgery(study):
             cells = needs[name, layer].values()
             finding.rows.append([study.labels[name], layer, len(cells),
                                  next(iter(found.values()))['dimensions'][layer],
-                                 *(mean([c[key] for c in cells]).text('{:.1f}')
-                                   for key in ('found', 'variance', 'random'))])
+                                 *(spread([c[key] for c in cells], '{:.0f}')
+                                   for key in ('found', 'variance', 'random')),
+                                 spread([s['patched'][layer][1] for s in found.values()
+                                         if s['patched'][layer]] or [math.nan])])
             for key, mark in (('variance', '-'), ('random', ':')):
                 curves = [[s['accuracy'], *s['left'][layer][key]] for s in found.values()]
                 ax.plot([0, *next(iter(found.values()))['counts'][layer]], np.mean(curves, 0), mark,
@@ -494,6 +496,9 @@ def findings_of(study):
     """The Findings that the cells allow, in the order of the page."""
     found = [make(study) for make in (algorithms, times, birth, latent, late, surgery, causes,
                                       variations, controls, ladder, learning)]
+    for finding in found:
+        if finding.figure:
+            finding.figure.suptitle(finding.title)
     return [finding for finding in found if len(finding.rows) > 1]
 
 
