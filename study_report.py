@@ -397,6 +397,18 @@ def surgery(study):
                     gap, f'Layer {layer} of {label} needs more directions than that of MHA',
                     f'Layer {layer} of {label} needs fewer directions than that of MHA',
                     f'directions needed in layer {layer} of {label} less those of MHA', '{:+.1f}'))
+            said = {one: {seed: run['surgery']['patched'][layer][1]
+                          for seed, run in study.surgery.get((one, ''), {}).items()
+                          if run['surgery']['patched'][layer]} for one in (name, 'mha')}
+            shared = sorted(said[name].keys() & said['mha'].keys())
+            if name != 'mha' and len(shared) >= PAIRS:
+                where = f'in the found directions of layer {layer}, {study.labels[name]}'
+                finding.claims.append(compared(
+                    paired(*([said[one][seed] for seed in shared] for one in (name, 'mha'))),
+                    f"Patched {where} says the other prompt's token more often than MHA",
+                    f"Patched {where} says the other prompt's token less often than MHA",
+                    f"how often, patched {where} says the other prompt's token, less how often "
+                    'MHA does', '{:+.0%}'))
     return finding
 
 
