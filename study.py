@@ -125,6 +125,7 @@ VARIATIONS = {
     'base10000': dict(rotary_base=10000.0),
     'wide': dict(n_embd=128),
     'slow': dict(learning_rate=1e-3),
+    'fast': dict(learning_rate=1e-2),
     'period': dict(task='period'),
     'cycle': dict(task='cycle'),
     'text': dict(dataset='shakespeare_char', mlp=True, block_size=64, batch_size=12,
@@ -153,7 +154,7 @@ PRESETS = {
 PRESETS['night'] = [*dict.fromkeys([
     *PRESETS['evening'], *grid(MAIN + OTHERS, range(1, 21)), *grid(SMALL, range(1, 11)),
     *grid(NORMED, range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow']),
-    *grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow']),
+    *grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow', 'fast']),
     *grid(['mha_learned', 'mla_learned'], range(1, 6)), *grid(LADDER, range(1, 6), ['text']),
     *grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle'])])]
 

@@ -438,7 +438,7 @@ def variations(study):
     finding.rows = [['recipe', 'attention', 'seeds', 'classical', 'shifted',
                      'copies, median (lowest to highest)', 'formed']]
     names = {'mlp': 'with MLPs', 'base10000': 'rotary base 10,000', 'wide': '128 wide',
-             'slow': 'learning rate 1e-3'}
+             'slow': 'learning rate 1e-3', 'fast': 'learning rate 1e-2'}
     for variation, text in names.items():
         for name in study.present(variation):
             cells = list(study.of(name, variation).values())
