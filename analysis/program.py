@@ -68,28 +68,31 @@ class Subject(Trained):
         BATCH_TOKENS. They have at most max_tokens together, but there is at least one.
 
         text is '' for the val split of the data that the model was trained on, FILE:path, or a
-        dataset. Raises UserError where there is none or it is too short.
+        dataset. Of one that holds sequences, the windows are those, or how they begin. Raises
+        UserError where there is none or it is too short.
         """
-        ids = text_tokens(self, text)
-        span = length + 1
-        if len(ids) < span:
-            raise UserError(f'text={text!r} has {len(ids):,} tokens, and {span:,} are needed: give '
-                            'a longer one')
+        ids, sequence = text_tokens(self, text)
+        span = sequence or length + 1
+        if len(ids) < span or span <= length:
+            raise UserError(f'text={text!r} has {min(len(ids), span):,} tokens, and {length + 1:,} '
+                            'are needed: give a longer one')
         count = min(max(1, max_tokens // length), len(ids) // span)
         ids = torch.from_numpy(np.array(ids[:count * span], dtype=np.int64)).view(count, span)
+        ids = ids[:, :length + 1]
         return ids.to(self.device).split(max(1, BATCH_TOKENS // length))
 
 
 def text_tokens(subject, text):
-    """The ids of a text as Subject.windows takes it. Raises UserError."""
+    """The ids of a text as Subject.windows takes it, and how many of them a sequence has, None
+    where it holds none. Raises UserError."""
     if text.startswith('FILE:'):
-        return subject.tokens('text', text)
+        return subject.tokens('text', text), None
     try:
         data = subject.open_data(text, key='text')
     except UserError as e:
         raise UserError(f'{e}, or --text=FILE:book.txt') from None
-    data.check(1, subject.model.config.vocab_size)
-    return data.val
+    data.check(data.sequence - 1 if data.sequence else 1, subject.model.config.vocab_size)
+    return data.val, data.sequence
 
 
 def load_subject(source, device, key='model'):

@@ -300,7 +300,7 @@ def test_text_of_a_model_that_names_none(tmp_path, data_dir, monkeypatch):
     with pytest.raises(UserError, match='--text='):
         text_tokens(s, '')
     (tmp_path / 'text.txt').write_text('abcabc\nabcabc abc ' * 4)
-    assert len(text_tokens(s, f'FILE:{tmp_path / "text.txt"}')) == 4 * 18
+    assert len(text_tokens(s, f'FILE:{tmp_path / "text.txt"}')[0]) == 4 * 18
     monkeypatch.setattr(program_module, 'BATCH_TOKENS', 32)
     assert [len(batch) for batch in s.windows(f'FILE:{tmp_path / "text.txt"}', 48, 16)] == [2, 1]
     with pytest.raises(UserError, match='200'):

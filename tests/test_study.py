@@ -20,8 +20,8 @@ from scipy import stats
 import study
 import study_check
 import study_report
-from analysis import induction_circuit, statistics
-from analysis.program import Subject, as_json
+from analysis import ablation, induction_circuit, spectrum, statistics
+from analysis.program import Subject, as_json, load_subject
 from data.induction.prepare import CHARACTERS, InductionConfig, draw_sequences
 from data.induction.prepare import main as prepare_induction
 from evaluate import split_loss, token_losses
@@ -78,6 +78,22 @@ def test_bins_of_sequences_are_read_sequence_by_sequence(tmp_path, program):
     by_hand = token_losses(model, windows[:, :-1], windows[:, 1:]).mean().item()
     assert split_loss(model, data.val, sequence=33) == pytest.approx(by_hand, abs=1e-9)
     assert split_loss(model, data.val) != pytest.approx(by_hand, abs=1e-6)
+
+
+def test_the_windows_of_an_analysis_are_sequences(tmp_path, program):
+    program(prepare_induction, '--sequences=64', f'--out_dir={tmp_path / "bins"}')
+    data = open_data(str(tmp_path / 'bins'))
+    rows = torch.from_numpy(np.array(data.val).reshape(-1, 33).astype(np.int64))
+    model = random_model(GPT, block_size=32, vocab_size=64)
+    save_checkpoint(tmp_path / 'ckpt.pt', model, data.tokenizer,
+                    {'dataset': str(tmp_path / 'bins')}, 1)
+    subject = load_subject(str(tmp_path / 'ckpt.pt'), 'cpu')
+    assert torch.equal(torch.cat(subject.windows('', 4 * 32, 32)), rows)
+    assert torch.equal(torch.cat(subject.windows('', 20, 10)), rows[:2, :11])
+    with pytest.raises(UserError, match='has 33 tokens, and 41 are needed'):
+        subject.windows('', 100, 40)
+    for analysis in (ablation, spectrum):
+        analysis.analyse(subject, analysis.Config(max_tokens=128))
 
 
 def test_a_record_without_sequences_says_nothing_of_them(tmp_path):
