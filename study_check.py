@@ -47,6 +47,14 @@ def turned(x, base):
                            b * np.cos(angle) + a * np.sin(angle)), axis=1)
 
 
+def latent_of(latent, c):
+    """A latent (T, width) as its readers get it."""
+    if getattr(c, 'latent_norm', False):
+        latent = latent / np.sqrt((latent ** 2).mean(-1, keepdims=True) + 1e-6)
+    scales = getattr(c, 'latent_scale', False)
+    return latent * math.sqrt(c.n_embd / latent.shape[1]) if scales else latent
+
+
 def head_inputs(own, c, x, head):
     """The query, key and value (T, width) of one head, for x (T, n_embd)."""
     d = c.n_embd // c.n_head
@@ -57,10 +65,12 @@ def head_inputs(own, c, x, head):
         q, k, v = (x @ W[start:start + d].T for start in starts)
     else:
         latent = x @ own['latent_enc.weight'].T
-        content, r = latent[:, :c.n_latent], latent[:, c.n_latent:]
+        content, r = latent_of(latent[:, :c.n_latent], c), latent[:, c.n_latent:]
         k, v = (content @ own[f'{part}.weight'][head * d:(head + 1) * d].T
                 for part in ('key', 'value'))
         width = d + r.shape[1]
+        if 'query_enc.weight' in own:
+            x = latent_of(x @ own['query_enc.weight'].T, c)
         q = x @ own['query.weight'][head * width:(head + 1) * width].T
         if r.shape[1]:
             q = np.concatenate((q[:, :d], turned(q[:, d:], c.rotary_base)), axis=1)
@@ -134,10 +144,9 @@ def read_weights(path):
     checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     settings = dict(n_kv_head=None, rotary='none', rotary_base=10000.0, mlp=True)
     c = SimpleNamespace(**settings | checkpoint['model_args'])
-    others = [key for key in ('latent_norm', 'latent_scale', 'n_query_latent', 'bias')
-              if getattr(c, key, None)]
-    if others or c.mlp == 'gated':
-        raise UserError(f'{path} has {others or "a gated MLP"}, which no cell of the study has')
+    if c.bias or c.mlp == 'gated':
+        raise UserError(f'{path} has bias={c.bias}, mlp={c.mlp!r}, which no cell of the study has: '
+                        'give a folder of study.py')
     return {name: W.double().numpy() for name, W in checkpoint['model'].items()}, c
 
 

@@ -62,7 +62,7 @@ def paired_shares(a, b):
     centre = (only_a - only_b) / (n + 2)
     spread = (only_a + only_b + 1) - (only_a - only_b) ** 2 / (n + 2)
     margin = 1.959964 * math.sqrt(spread) / (n + 2)
-    return Estimate((only_a - only_b) / n, centre - margin, centre + margin, n)
+    return Estimate((only_a - only_b) / n, max(-1.0, centre - margin), min(1.0, centre + margin), n)
 
 
 @dataclass

@@ -274,10 +274,12 @@ def test_figures_are_those_of_loops_in_float64(tmp_path, program):
     for name, model_class, settings in (
             ('gqa', GPT, dict(rotary='all', n_kv_head=2)), ('mlp', GPT, {}),
             ('mla', GPT_MLA, dict(rotary='all', n_latent=12, rotary_base=1000.0)),
+            ('normed', GPT_MLA, dict(rotary='decoupled', n_rotary=4, n_latent=12, latent_norm=True,
+                                     latent_scale=True, n_query_latent=9, mlp=False)),
             ('decoupled', GPT_MLA, dict(rotary='decoupled', n_rotary=4, n_latent=12, mlp=False))):
         save_cell(tmp_path, name, random_model(model_class, **sizes | settings))
     code, out, err = program(study_check.main, tmp_path)
-    assert code == 0 and out.endswith('of 5 cells agree\n') and out[0] != '0', out + err
+    assert code == 0 and out.endswith('of 6 cells agree\n') and out[0] != '0', out + err
     path = tmp_path / 'cells' / 'decoupled.json'
     found = json.loads(path.read_text())
     found['circuit']['score'] += 0.01
