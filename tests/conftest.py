@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 # tensors are small here, and on a busy machine threads wait for each other
@@ -16,6 +17,7 @@ from configurator import run
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from model import GPT
 from model_k_ahead import GPT_KAhead
@@ -25,6 +27,11 @@ from runtime.dataset import write_splits
 from runtime.hugging_face import to_hugging_face
 from runtime.run_folder import kind_path
 from runtime.tokenizer import make_tokenizer, package_folder
+
+# Tests fork and kill. tqdm's own lock is shared with forks, so one that is killed with it would
+# leave this process waiting for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 ROOT = Path(__file__).parents[1]
 BOTH = pytest.mark.parametrize('model_class', [GPT, GPT_MLA])
