@@ -29,7 +29,7 @@ from configurator import UserError, check_least, configure, run
 import torch
 
 from analysis import development, induction_circuit, latent_surgery
-from analysis.program import as_json, load_subject
+from analysis.program import as_json, load_subject, writing_to
 from analysis.record import final_stream, record
 from evaluate import split_loss
 from model import GPT
@@ -38,6 +38,7 @@ from runtime.checkpoint import checkpoint_path, read_checkpoint
 from runtime.dataset import open_data
 from runtime.progress import progress_bar
 from runtime.record import write_file
+from runtime.run_folder import kind_path
 from runtime.workers import default_workers, in_workers, worker_pool
 from study_report import write_report
 from train import TrainConfig, launch
@@ -96,7 +97,6 @@ ATTENTIONS = {
     'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
     'mla_learned': mla('MLA 32, learned positions', 32, rotary='none'),
 }
-PROGRAMS = {GPT: 'train.py', GPT_MLA: 'train_mla.py'}
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,8 @@ def to_operate(cells, out_dir):
     """Those of cells on which surgery is to be done: trained ones that copy."""
     def copies(cell):
         path = cell_file(cell, out_dir)
-        return path.exists() and json.loads(path.read_text())['circuit']['accuracy'] >= 0.5
+        return path.exists() and json.loads(path.read_text())['circuit'][
+            'accuracy'] >= induction_circuit.COPIES
     return [cell for cell in cells if cell.attention in MAIN and not cell.variation
             and not cell_file(cell, out_dir, 'surgery').exists() and copies(cell)]
 
@@ -262,9 +263,8 @@ def is_done(cell, config):
 def iterations_of(cell, out_dir):
     """How far a cell is trained, from its log of metrics."""
     model_type = ATTENTIONS[cell.attention].model_class.model_type
-    name = 'metrics.jsonl' if model_type == 'gpt' else f'metrics_{model_type}.jsonl'
     try:
-        with open(Path(out_dir) / 'runs' / cell.name / name) as f:
+        with open(kind_path(Path(out_dir) / 'runs' / cell.name, 'metrics.jsonl', model_type)) as f:
             return max((json.loads(line)['iter'] for line in f if line.endswith('\n')), default=0)
     except OSError:
         return 0
@@ -273,22 +273,18 @@ def iterations_of(cell, out_dir):
 def train_cells(cells, config):
     """Train cells in parallel processes, with one bar of iterations."""
     os.environ['OMP_NUM_THREADS'] = '1'  # of the processes to come
-    done, running = 0, {}
     bar = progress_bar(total=len(cells) * config.max_iters, desc='iterations', unit_scale=True)
-    waiting = list(reversed(cells))
     with worker_pool(min(config.workers, len(cells))) as pool, bar:
+        pending = {pool.submit(train_cell, cell, config.out_dir, config.max_iters): cell
+                   for cell in cells}
         try:
-            while waiting or running:
-                while waiting and len(running) < config.workers:
-                    cell = waiting.pop()
-                    future = pool.submit(train_cell, cell, config.out_dir, config.max_iters)
-                    running[future] = cell
-                ended, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            while pending:
+                ended, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
                 for future in ended:
                     future.result()
-                    done += config.max_iters
-                    tell(running.pop(future), config.out_dir)
-                now = done + sum(iterations_of(cell, config.out_dir) for cell in running.values())
+                    tell(pending.pop(future), config.out_dir)
+                done = config.max_iters * (len(cells) - len(pending))
+                now = done + sum(iterations_of(cell, config.out_dir) for cell in pending.values())
                 bar.update(max(0, now - bar.n))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -310,12 +306,9 @@ def main():
     config, _ = configure(sys.argv[1:], StudyConfig)
     began, cells = time.time(), PRESETS[config.preset]
     config.workers = config.workers or default_workers()
-    try:
+    with writing_to(config.out_dir):
         for kind in ('cells', 'surgery'):
             (Path(config.out_dir) / kind).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'out_dir={config.out_dir} cannot be written to ({e.strerror}): give '
-                        'another') from None
     missing = [cell for cell in cells if not is_done(cell, config)]
     print(f'{len(cells)} cells, {len(missing)} to train, {config.max_iters:,} iterations each')
     if missing and not config.only_report:

@@ -5,7 +5,6 @@ the numbers, so another run cannot leave a false one standing. study.py writes i
 
 import base64
 import html
-import io
 import json
 import math
 from collections import defaultdict
@@ -487,14 +486,14 @@ fewest that were found. Intervals are 95 %, one by one: of twenty, one is expect
 Several comparisons share the runs of MHA.'''
 
 
-def render(finding):
-    """The HTML of a finding."""
+def render(finding, out_dir):
+    """The HTML of a finding, whose picture is saved in out_dir too."""
     parts = [f'<h2>{html.escape(finding.title)}</h2>']
     parts += [f'<p>{html.escape(claim)}</p>' for claim in finding.claims]
     if finding.figure:
-        picture = io.BytesIO()
+        picture = Path(out_dir) / f"{finding.title.lower().replace(' ', '_')}.png"
         finding.figure.savefig(picture, dpi=110)
-        data = base64.b64encode(picture.getvalue()).decode()
+        data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<img alt="{html.escape(finding.title)}" src="data:image/png;base64,{data}">')
     if len(finding.rows) > 1:
         head, *body = [[html.escape(str(cell)) for cell in row] for row in finding.rows]
@@ -524,10 +523,7 @@ def write_report(out_dir, labels, command):
              f'<p>{sum(seeds)} models. All of this is made again by <code>{html.escape(command)}'
              '</code>. Numbers in brackets are 95 % intervals.</p>']
     for finding in findings_of(study):
-        parts.append(render(finding))
-        if finding.figure:
-            name = finding.title.lower().replace(' ', '_')
-            finding.figure.savefig(Path(out_dir) / f'{name}.png', dpi=110)
+        parts.append(render(finding, out_dir))
     parts.append(f'<h2>What this does not show</h2><p>{html.escape(LIMITS)}</p>')
     path = Path(out_dir) / 'report.html'
     path.write_text(PAGE.format(title='What MLA changes inside', body='\n'.join(parts)),

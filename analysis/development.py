@@ -80,7 +80,7 @@ def scores_of(subject, config):
     """The SCORES of one model, a dictionary."""
     model, c = subject.model, subject.model.config
     copies = copies_with_lags(model, subject.n_vocab, config.sequences, config.seed)
-    shifted = shift_scores(subject, config.sequences, config.seed)
+    shifted = shift_scores(subject, copies)
     back = attention_back(model, copies.idx.to(subject.device), shifted.shape[-1])
     heads = folded_heads(model)
     reader, before = np.unravel_index(shifted[1, :, 1:].argmax(), shifted[1, :, 1:].shape)

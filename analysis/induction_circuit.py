@@ -1,7 +1,7 @@
 """
 How a model copies: which heads carry, which heads read, and whether they are the cause.
 
-    python -m analysis.induction_circuit out_study/mha_rotary-1/ckpt.pt
+    python -m analysis.induction_circuit out_study/runs/mha-1/ckpt.pt
 
 It needs a model of two layers or more, and no text. On random tokens of which a stretch comes
 twice, at a lag that differs in every sequence:
@@ -35,7 +35,7 @@ import torch
 
 from analysis.circuits import folded_heads, part_of_scores
 from analysis.composition import chance, compositions, layers
-from analysis.induction_heads import batch_size, copies_with_lags, shift_scores
+from analysis.induction_heads import batch_size, best_shifts, copies_with_lags, shift_scores
 from analysis.plots import Panel, draw_panels, field_maps, with_notes
 from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import final_stream, record
@@ -159,13 +159,12 @@ def analyse(subject, config):
                         'a model with 4 or more')
     copies = copies_with_lags(model, subject.n_vocab, config.sequences, config.seed)
     idx = copies.idx.to(subject.device)
-    shifted = shift_scores(subject, config.sequences, config.seed)
+    shifted = shift_scores(subject, copies)
     back = attention_back(model, idx, copies.n_shifts)
     accuracy = copy_accuracy(model, copies)
 
     # a head reads at the shift that it attends to most
-    at = 1 + shifted[..., 1:].argmax(-1)
-    best = np.take_along_axis(shifted, at[..., None], -1)[..., 0]
+    at, best = best_shifts(shifted)
     readers = [head for head in top_heads(best, threshold=config.threshold) if head[0] > 0]
     leader = readers[0] if readers else top_heads(best[1:], 1)[0]
     leader = leader if readers else (leader[0] + 1, leader[1])

@@ -51,7 +51,7 @@ class Induction:
 
     def best(self):
         """(n_layer, n_head) the mean attention at best_shift."""
-        return np.take_along_axis(self.shifted, self.best_shift[..., None], -1)[..., 0]
+        return best_shifts(self.shifted)[1]
 
 
 def copy_length(model, length):
@@ -78,6 +78,10 @@ class Copies:
     length: int  # tokens in the stretch
     n_shifts: int  # shifts that are scored, from 0
 
+    def repeat(self):
+        """Write the stretch into idx where it comes again."""
+        self.idx.scatter_(1, self.queries(), self.idx.gather(1, self.keys()[..., 0]))
+
     def queries(self):
         """The places (sequences, length) of the second copy."""
         return (self.first + self.lag)[:, None] + torch.arange(self.length)
@@ -99,7 +103,7 @@ def copies_with_lags(model, n_vocab, sequences, seed):
     lag = rng.integers(least, T - length - first + 1)
     idx = repeated_tokens(n_vocab, sequences, T, seed)[:, :T]
     copies = Copies(idx, torch.from_numpy(first), torch.from_numpy(lag), length, n_shifts)
-    idx.scatter_(1, copies.queries(), idx.gather(1, copies.keys()[..., 0]))
+    copies.repeat()
     return copies
 
 
@@ -111,10 +115,16 @@ def attention_at_shifts(pattern, copies):
     return found.mean(1).mT  # of (B, length, n_shifts, n_head)
 
 
-def shift_scores(subject, sequences, seed):
+def best_shifts(shifted):
+    """The shift, of 1 and more, to which each head attends most, and how much: (n_layer, n_head)
+    both, of shifted (n_layer, n_head, shifts)."""
+    at = 1 + shifted[..., 1:].argmax(-1)
+    return at, np.take_along_axis(shifted, at[..., None], -1)[..., 0]
+
+
+def shift_scores(subject, copies):
     """The mean attention (n_layer, n_head, shifts) at each shift."""
-    model, c = subject.model, subject.model.config
-    copies = copies_with_lags(model, subject.n_vocab, sequences, seed)
+    model, c, sequences = subject.model, subject.model.config, len(copies.idx)
     total = torch.zeros(c.n_layer, c.n_head, copies.n_shifts, dtype=torch.float64)
     size = batch_size(model, copies.idx.size(1))
     for start in range(0, sequences, size):
@@ -144,9 +154,10 @@ def analyse(subject, config):
         # from position n + i of the second copy to i + 1, which followed the same token
         matches = pattern.diagonal(1 - n, -2, -1)[..., 1:]  # (B, n_head, n)
         scores[start:start + len(matches), layer] = matches.mean(-1).cpu()
-    shifted = shift_scores(subject, config.sequences, config.seed)
+    copies = copies_with_lags(model, subject.n_vocab, config.sequences, config.seed)
+    shifted = shift_scores(subject, copies)
     return Induction(scores.mean(0), scores.std(0), n, config.threshold, shifted,
-                     1 + shifted[..., 1:].argmax(-1))
+                     best_shifts(shifted)[0])
 
 
 def table(result):

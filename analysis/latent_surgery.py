@@ -208,7 +208,7 @@ def analyse(subject, config):
         copies_with_lags(model, subject.n_vocab, n, config.seed + i)
         for i, n in enumerate((config.sequences, config.search, config.sequences)))
     other.first, other.lag = counted.first, counted.lag
-    other.idx.scatter_(1, other.queries(), other.idx.gather(1, other.keys()[..., 0]))
+    other.repeat()
     whole = Layer(model, 0, counted).accuracy()
     if whole < COPIES:
         raise UserError(f'latent_surgery needs a model that copies, and {subject.source} copies '

@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_definition():
     subject, sequences = of(model), 5
     copies = induction_heads.copies_with_lags(model, subject.n_vocab, sequences, 3)
     n = copies.n_shifts
-    shifted = induction_heads.shift_scores(subject, sequences, 3)
+    shifted = induction_heads.shift_scores(subject, copies)
     back = induction_circuit.attention_back(model, copies.idx, n)
     T = copies.idx.size(1)
     for block in record(model, copies.idx):
