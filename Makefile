@@ -41,6 +41,10 @@ assets: .venv/installed data/shakespeare_char/meta.pkl
 	$(RUN) visualize_residual_space_gpt2.py $(QUICK)/ckpt_mla.pt \
 		--prompt="To be, or not to be, that is the question" --out_dir=out_residual_space
 	cp out_residual_space/residual_trajectories.png assets/mlapca.png
+	$(RUN) study.py --preset=night --only_report --out_dir=study
+	cp study/which_circuit_copies.png assets/study_circuits.png
+	cp study/when_induction_forms.png assets/study_times.png
+	cp study/how_few_directions_of_what_keys_and_values_read_are_needed.png assets/study_surgery.png
 
 data/shakespeare_char/meta.pkl: | .venv/installed
 	$(RUN) data/shakespeare_char/prepare.py
