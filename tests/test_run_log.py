@@ -116,6 +116,24 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path, monkeypatch, caps
     assert lines[0] == warning + 'goes on' and [line[:4] for line in lines[1:]] == ['step'] * 2
 
 
+def test_a_picture_is_drawn_again_after_ten_seconds_and_at_the_end(tmp_path, monkeypatch):
+    drawn, now = [], [100.0]
+    monkeypatch.setattr(run_log, 'draw_loss', lambda metrics, *rest: drawn.append(len(metrics)))
+    monkeypatch.setattr(run_log.time, 'monotonic', lambda: now[0])
+    log = make_log(tmp_path)
+    for seconds in (0, 5, 4, 2, 3):
+        now[0] += seconds
+        row = {'iter': 0, 'train_loss': 1.0, 'val_loss': 1.0}
+        log.record(row)
+        log.evaluation(row, '')
+    assert drawn == [1, 4]
+    log.close()
+    log.close()
+    assert drawn == [1, 4, 5]
+    make_log(tmp_path).close()  # one that has evaluated nothing has nothing to draw
+    assert drawn == [1, 4, 5]
+
+
 def stub_wandb(monkeypatch):
     """A wandb that remembers what it is told: a list of init's settings and of rows with steps."""
     told = []
