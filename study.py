@@ -33,37 +33,19 @@ from analysis.program import as_json, load_subject, writing_to
 from analysis.record import final_stream, record
 from evaluate import split_loss
 from model import GPT
-from model_mla import GPT_MLA, MultiLatentAttention
+from model_mla import GPT_MLA
 from runtime.checkpoint import checkpoint_path, read_checkpoint
 from runtime.dataset import open_data
 from runtime.progress import progress_bar
 from runtime.record import write_file
 from runtime.run_folder import kind_path
 from runtime.workers import default_workers, in_workers, worker_pool
+from study_controls import SeparateLatents, control
 from study_report import write_report
 from train import TrainConfig, launch
 
 HERE = Path(__file__).resolve().parent
 RECIPE = 'config/train_induction.py'
-
-
-class SeparateLatents(MultiLatentAttention):
-    """A control: keys read one half of the latent and values the other, so they share nothing."""
-
-    def init_weights(self):
-        super().init_weights()
-        with torch.no_grad():  # what is never read stays 0, so a GPT_MLA computes the same
-            self.key.weight[:, self.n_latent // 2:] = 0
-            self.value.weight[:, :self.n_latent // 2] = 0
-
-    def keys_and_values(self, m, start=0):
-        is_keys = torch.arange(m.size(-1), device=m.device) < self.n_latent // 2
-        return (super().keys_and_values(m * is_keys, start)[0],
-                super().keys_and_values(m * ~is_keys, start)[1])
-
-
-class GPT_SeparateLatents(GPT_MLA):
-    attention_class = SeparateLatents
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,10 @@ ATTENTIONS = {
     'gqa': Attention('GQA, 2 heads', settings=(('n_kv_head', 2),)),
     **{f'mla{n}': mla(f'MLA {n}', n) for n in (2, 4, 8, 16, 32, 48, 64)},
     **{f'decoupled{n}': mla(f'MLA {n} decoupled', n, **DECOUPLED) for n in (16, 32, 48)},
-    'separate': mla('MLA 32 + 32 separate', 64, GPT_SeparateLatents),
+    'separate': mla('MLA 32 + 32 separate', 64, control('trained', 'trained')),
+    'keys': mla('MHA, keys as in MLA 64', 128, control('trained', 'direct')),
+    'values': mla('MHA, values as in MLA 64', 128, control('direct', 'trained')),
+    'rotated': mla('MHA in other axes', 128, control('rotated', 'rotated')),
     # rungs from MLA to DeepSeek's, of one cache: latent and rotary key are 32 numbers
     'decoupled24': mla('MLA 24 decoupled', 24, **DECOUPLED),
     'norm': mla('decoupled, norm', 24, latent_norm=True, **DECOUPLED),
@@ -140,7 +125,8 @@ def grid(attentions, seeds, variations=('',)):
 
 
 MAIN = ['mha', 'mla32', 'decoupled32']
-OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48', 'separate']
+OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48']
+CONTROLS = ['separate', 'keys', 'values', 'rotated']
 SMALL = ['mla2', 'mla4', 'mla8']
 NORMED = ['normed32', 'normed48']
 LADDER = ['mha_learned', 'mla_learned', 'mla32', 'decoupled24', 'norm', 'scale', 'query', 'mha',
@@ -199,7 +185,8 @@ def train_cell(cell, out_dir, max_iters):
     folder.mkdir(parents=True, exist_ok=True)
     model_class = attention.model_class
     # a checkpoint is that of a GPT_MLA, with which the control cannot go on
-    start = 'scratch' if model_class is GPT_SeparateLatents else 'auto'
+    is_control = issubclass(model_class.attention_class, SeparateLatents)
+    start = 'scratch' if is_control else 'auto'
     data, _ = dataset_of(cell, out_dir)
     arguments = [*cell.arguments(), f'--max_iters={max_iters}', f'--dataset={data}',
                  f'--out_dir={folder}', f'--init_from={start}', '--device=cpu']

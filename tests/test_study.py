@@ -25,12 +25,13 @@ from analysis.program import Subject, as_json, load_subject
 from data.induction.prepare import CHARACTERS, InductionConfig, draw_sequences
 from data.induction.prepare import main as prepare_induction
 from evaluate import split_loss, token_losses
-from model import GPT
+from model import GPT, GPTConfig
 from model_mla import GPT_MLA, MLAConfig
 from runtime.batches import TRAINING, Batches
 from runtime.checkpoint import save_checkpoint
 from runtime.dataset import open_data, write_splits
 from runtime.tokenizer import make_tokenizer
+from study_controls import control
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -227,22 +228,53 @@ def test_the_report_is_one_page(tmp_path):
 # cells
 
 
-def test_separate_latents_are_an_mla_whose_keys_and_values_share_nothing():
+@pytest.mark.parametrize('keys, values', [('trained', 'trained'), ('trained', 'direct'),
+                                          ('rotated', 'rotated'), ('direct', 'direct')])
+def test_controls_are_an_mla_whose_keys_and_values_share_nothing(keys, values):
     torch.manual_seed(0)
-    config = MLAConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=16, n_latent=8,
+    config = MLAConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=16, n_latent=32,
                        rotary='all', bias=False)
-    model = study.GPT_SeparateLatents(config)
-    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.99), 'cpu')
+    model = control(keys, values)(config)
+    drawn = [block.attn.latent_enc.weight.detach().clone() for block in model.transformer.h]
     x = torch.randint(20, (4, 17))
+    train_for_a_moment(model, x)
+    model(x[:, :16])  # which the last step's weight decay is taken back from
+    for block, W in zip(model.transformer.h, drawn):
+        for kind, before, half in zip((keys, values), W.split(16),
+                                      block.attn.latent_enc.weight.split(16)):
+            assert (kind == 'trained') != torch.equal(before, half)
+            if kind != 'trained':
+                assert torch.allclose(half @ half.T, torch.eye(16), atol=1e-5)
+        assert block.attn.key.weight[:, :16].any() and not block.attn.key.weight[:, 16:].any()
+        assert block.attn.value.weight[:, 16:].any() and not block.attn.value.weight[:, :16].any()
+    ordinary = GPT_MLA.from_state_dict(config, model.state_dict()).eval()
+    assert torch.allclose(ordinary(x[:, :16])[0], model.eval()(x[:, :16])[0], atol=1e-6)
+
+
+def test_the_control_without_latents_learns_as_mha():
+    config = dict(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=16, rotary='all',
+                  bias=False, mlp=False)
+    model = control('direct', 'direct')(MLAConfig(**config, n_latent=32))
+    mha = GPT(GPTConfig(**config))
+    with torch.no_grad():
+        for mine, theirs in zip(model.transformer.h, mha.transformer.h):
+            theirs.attn.c_attn.weight.copy_(torch.cat((
+                mine.attn.query.weight, mine.attn.key.weight[:, :16],
+                mine.attn.value.weight[:, 16:])))
+            theirs.attn.c_proj.weight.copy_(mine.attn.c_proj.weight)
+        mha.transformer.wte.weight.copy_(model.transformer.wte.weight)
+    x = torch.randint(20, (4, 17))
+    for one in (model, mha):
+        train_for_a_moment(one, x)
+    assert torch.allclose(model.eval()(x[:, :16])[0], mha.eval()(x[:, :16])[0], atol=1e-5)
+
+
+def train_for_a_moment(model, x):
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.99), 'cpu')
     for _ in range(5):
         model(x[:, :-1], x[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    for block in model.transformer.h:
-        assert block.attn.key.weight[:, :4].any() and not block.attn.key.weight[:, 4:].any()
-        assert block.attn.value.weight[:, 4:].any() and not block.attn.value.weight[:, :4].any()
-    ordinary = GPT_MLA.from_state_dict(config, model.state_dict()).eval()
-    assert torch.allclose(ordinary(x[:, :16])[0], model.eval()(x[:, :16])[0], atol=1e-6)
 
 
 def test_the_presets_hold_each_cell_once_and_the_larger_ones_the_smaller():

@@ -1,0 +1,53 @@
+"""
+Controls of the study: models that have one of the things in which MLA differs from MHA and lack the
+others. Each computes what a GPT_MLA of the same weights does, so its checkpoint is one of those.
+
+The latent of a control has two halves. Keys read the first and values the second, so they share
+nothing. A half of n_embd numbers limits no rank either. Then MLA and MHA differ in how their maps
+are parametrised alone, half by half:
+
+    'trained'   W = W_K W_E, of which both learn, as in MLA
+    'rotated'   W = W_K W_E, of which W_E stays a random rotation: MHA, in other axes for Adam
+    'direct'    W = W_K, as in MHA: W_E stays the identity
+"""
+
+import torch
+import torch.nn as nn
+
+from model_mla import GPT_MLA, MultiLatentAttention
+
+
+class SeparateLatents(MultiLatentAttention):
+    kinds = 'trained', 'trained'  # of the halves of keys and of values
+
+    def init_weights(self):
+        super().init_weights()
+        n, W_E = self.n_latent // 2, self.latent_enc.weight
+        with torch.no_grad():  # what is never read stays 0, so a GPT_MLA computes the same
+            self.key.weight[:, n:] = 0
+            self.value.weight[:, :n] = 0
+            for half, kind in zip(W_E.split(n), self.kinds):
+                if kind == 'trained':
+                    nn.init.normal_(half, std=n ** -0.5)
+                else:
+                    (nn.init.eye_ if kind == 'direct' else nn.init.orthogonal_)(half)
+        is_held = torch.tensor([kind != 'trained' for kind in self.kinds]).repeat_interleave(n)
+        self.is_held, self.drawn = is_held[:, None], W_E.detach().clone()
+        W_E.register_hook(lambda gradient: gradient * ~self.is_held)
+
+    def remembered(self, x, start=0):
+        with torch.no_grad():  # weight decay has changed it
+            self.latent_enc.weight.copy_(
+                self.drawn.where(self.is_held, self.latent_enc.weight))
+        return super().remembered(x, start)
+
+    def keys_and_values(self, m, start=0):
+        is_keys = torch.arange(m.size(-1), device=m.device) < self.n_latent // 2
+        return (super().keys_and_values(m * is_keys, start)[0],
+                super().keys_and_values(m * ~is_keys, start)[1])
+
+
+def control(keys, values):
+    """The model class of a control, from the kinds of the halves that keys and values read."""
+    attention = type('SeparateLatents', (SeparateLatents,), {'kinds': (keys, values)})
+    return type('GPT_SeparateLatents', (GPT_MLA,), {'attention_class': attention})
