@@ -31,9 +31,10 @@ import torch
 from analysis import development, induction_circuit, latent_surgery
 from analysis.program import as_json, load_subject, writing_to
 from analysis.record import final_stream, record
-from evaluate import split_loss
+from evaluate import text_scores
 from model import GPT
 from model_mla import GPT_MLA
+from models import cached_numbers
 from runtime.checkpoint import checkpoint_path, read_checkpoint
 from runtime.dataset import open_data
 from runtime.progress import progress_bar
@@ -63,8 +64,11 @@ DECOUPLED = dict(rotary='decoupled', n_rotary=8)
 ATTENTIONS = {
     'mha': Attention('MHA'),
     'gqa': Attention('GQA, 2 heads', settings=(('n_kv_head', 2),)),
-    **{f'mla{n}': mla(f'MLA {n}', n) for n in (2, 4, 8, 16, 32, 48, 64)},
-    **{f'decoupled{n}': mla(f'MLA {n} decoupled', n, **DECOUPLED) for n in (16, 32, 48)},
+    'mqa': Attention('MQA', settings=(('n_kv_head', 1),)),
+    # 11, 21 and 43 have the parameters of MQA, GQA and MHA
+    **{f'mla{n}': mla(f'MLA {n}', n) for n in (2, 4, 8, 11, 12, 16, 21, 24, 32, 43, 48, 64)},
+    **{f'decoupled{n}': mla(f'MLA {n} decoupled', n, **DECOUPLED) for n in (16, 29, 32, 48)},
+    # which part of the parametrisation matters
     'separate': mla('MLA 32 + 32 separate', 64, control('trained', 'trained')),
     'keys': mla('MHA, keys as in MLA 64', 128, control('trained', 'direct')),
     'values': mla('MHA, values as in MLA 64', 128, control('direct', 'trained')),
@@ -78,7 +82,6 @@ ATTENTIONS = {
     # what makes a wide decoupled latent late
     **{f'normed{n}': mla(f'MLA {n} decoupled, norm', n, latent_norm=True, **DECOUPLED)
        for n in (32, 48)},
-    'mqa': Attention('MQA', settings=(('n_kv_head', 1),)),
     'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
     'mla_learned': mla('MLA 32, learned positions', 32, rotary='none'),
 }
@@ -104,17 +107,24 @@ class Cell:
 
 # What is not as the recipe has it. task and vocabulary are those of data/induction/prepare.py.
 OF_DATA = ('task', 'vocabulary', 'dataset')
+TEXT = dict(mlp=True, block_size=64, batch_size=12, learning_rate=1e-3, lr_schedule='cosine',
+            lr_decay_iters=3000, min_lr=1e-4)
 VARIATIONS = {
     '': {},
     'mlp': dict(mlp=True),
     'base10000': dict(rotary_base=10000.0),
-    'wide': dict(n_embd=128),
     'slow': dict(learning_rate=1e-3),
     'fast': dict(learning_rate=1e-2),
+    'wide': dict(n_embd=128),
+    'narrow': dict(n_embd=32),
+    'heads2': dict(n_head=2),
+    'heads8': dict(n_head=8),
+    'vocabulary16': dict(vocabulary=16),
+    'vocabulary256': dict(vocabulary=256),
     'period': dict(task='period'),
     'cycle': dict(task='cycle'),
-    'text': dict(dataset='shakespeare_char', mlp=True, block_size=64, batch_size=12,
-                 learning_rate=1e-3, lr_schedule='cosine', lr_decay_iters=3000, min_lr=1e-4),
+    'characters': dict(dataset='shakespeare_char', **TEXT),
+    'plays': dict(dataset='plays', **TEXT),
 }
 
 
@@ -127,21 +137,25 @@ def grid(attentions, seeds, variations=('',)):
 MAIN = ['mha', 'mla32', 'decoupled32']
 OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48']
 CONTROLS = ['separate', 'keys', 'values', 'rotated']
-SMALL = ['mla2', 'mla4', 'mla8']
+SMALL = ['mla2', 'mla4', 'mla8', 'mla12']
 NORMED = ['normed32', 'normed48']
+LEAST = ['mla4', 'mla8', 'mla12', 'mla16', 'mla24', 'mla32']  # tried for the least latent
+SIZES = ['', 'heads2', 'heads8', 'vocabulary16', 'vocabulary256', 'narrow', 'wide']
 LADDER = ['mha_learned', 'mla_learned', 'mla32', 'decoupled24', 'norm', 'scale', 'query', 'mha',
-          'mqa']
+          'gqa', 'mqa', 'mla11', 'mla21', 'mla43', 'mla64', 'decoupled29']
 PRESETS = {
     'minute': grid(['mha', 'decoupled32'], [1]),
-    'evening': [*grid(MAIN, range(1, 11)), *grid(OTHERS, range(1, 6)),
-                *grid(['mha_learned', 'mla_learned'], [1, 2]), *grid(SMALL, range(1, 4)),
+    'evening': [*grid(MAIN, range(1, 11)), *grid([*OTHERS, 'separate'], range(1, 6)),
+                *grid(['mha_learned', 'mla_learned'], [1, 2]),
+                *grid(['mla2', 'mla4', 'mla8'], range(1, 4)),
                 *grid(['mha_learned', 'mha'], [1], ['period', 'cycle'])],
 }
 PRESETS['night'] = [*dict.fromkeys([
-    *PRESETS['evening'], *grid(MAIN + OTHERS, range(1, 21)), *grid(SMALL, range(1, 11)),
+    *PRESETS['evening'], *grid(MAIN + OTHERS + CONTROLS, range(1, 21)), *grid(SMALL, range(1, 11)),
     *grid(NORMED, range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow']),
     *grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow', 'fast']),
-    *grid(['mha_learned', 'mla_learned'], range(1, 6)), *grid(LADDER, range(1, 6), ['text']),
+    *grid(LEAST, range(1, 3), SIZES), *grid(LADDER, range(1, 6), ['characters', 'plays']),
+    *grid(['mha_learned', 'mla_learned'], range(1, 6)),
     *grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle'])])]
 
 
@@ -200,11 +214,14 @@ def train_cell(cell, out_dir, max_iters):
         subject = load_subject(str(path), 'cpu')
         formed = development.analyse(subject, development.Config())
         circuit = induction_circuit.analyse(subject, induction_circuit.Config())
-        bins = open_data(str(data))
-        val_loss = split_loss(subject.model, bins.val, sequence=bins.sequence)
+        bins, model = open_data(str(data)), subject.model
+        scores = text_scores(model, bins.val, bins.tokenizer, torch.float32, 64, bins.sequence)
     found = {'cell': asdict(cell), 'max_iters': max_iters, 'torch': torch.__version__,
-             'val_loss': val_loss, 'circuit': circuit, 'development': formed,
-             'late_accuracy': late_accuracy(subject.model, bins.val) if bins.sequence else None}
+             'val_loss': scores['loss'], 'bits_per_byte': scores['bits_per_byte'],
+             'parameters': model.get_num_params(),
+             'cached': cached_numbers(model) // model.config.n_layer,
+             'circuit': circuit, 'development': formed,
+             'late_accuracy': late_accuracy(model, bins.val) if bins.sequence else None}
     write_file(cell_file(cell, out_dir), (json.dumps(as_json(found)) + '\n').encode())
 
 

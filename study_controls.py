@@ -11,6 +11,8 @@ are parametrised alone, half by half:
     'direct'    W = W_K, as in MHA: W_E stays the identity
 """
 
+from functools import partial
+
 import torch
 import torch.nn as nn
 
@@ -23,7 +25,7 @@ class SeparateLatents(MultiLatentAttention):
     def init_weights(self):
         super().init_weights()
         n, W_E = self.n_latent // 2, self.latent_enc.weight
-        with torch.no_grad():  # what is never read stays 0, so a GPT_MLA computes the same
+        with torch.no_grad():  # what is not to be read is 0 and stays 0
             self.key.weight[:, n:] = 0
             self.value.weight[:, :n] = 0
             for half, kind in zip(W_E.split(n), self.kinds):
@@ -32,19 +34,17 @@ class SeparateLatents(MultiLatentAttention):
                 else:
                     (nn.init.eye_ if kind == 'direct' else nn.init.orthogonal_)(half)
         is_held = torch.tensor([kind != 'trained' for kind in self.kinds]).repeat_interleave(n)
+        is_keys = torch.arange(2 * n) < n
         self.is_held, self.drawn = is_held[:, None], W_E.detach().clone()
-        W_E.register_hook(lambda gradient: gradient * ~self.is_held)
+        for W, learns in ((W_E, ~self.is_held), (self.key.weight, is_keys),
+                          (self.value.weight, ~is_keys)):
+            W.register_hook(partial(torch.mul, learns))
 
     def remembered(self, x, start=0):
         with torch.no_grad():  # weight decay has changed it
             self.latent_enc.weight.copy_(
                 self.drawn.where(self.is_held, self.latent_enc.weight))
         return super().remembered(x, start)
-
-    def keys_and_values(self, m, start=0):
-        is_keys = torch.arange(m.size(-1), device=m.device) < self.n_latent // 2
-        return (super().keys_and_values(m * is_keys, start)[0],
-                super().keys_and_values(m * ~is_keys, start)[1])
 
 
 def control(keys, values):

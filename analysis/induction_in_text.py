@@ -1,0 +1,214 @@
+"""
+What induction heads do in a text: whether they attend to what followed a token when it came before,
+and which predictions become worse without them.
+
+    python -m analysis.induction_in_text out/ckpt.pt
+    python -m analysis.induction_in_text out/ckpt.pt --text=FILE:book.txt
+
+It needs a text: the data that the model was trained on, a dataset, or a file. Let a token come
+again, the last time at j. What followed it then, at j + 1, is what an induction head attends to and
+predicts (Olsson et al. 2022). A token that it predicts so and that does come is a repeat.
+
+    attention       of a head to j + 1, mean over the tokens that come again
+    expected        the same of a head with that one's mean pattern, which knows places and no
+                    tokens: neighbours get attention whatever they are
+    named heads     those behind the first layer that attend to a shift from the first occurrence in
+                    random tokens (induction_heads.py), from a mean attention of threshold
+    rise            of the loss, with the named heads at their means over the text (ablation.py)
+
+Heads that copy help repeats more than other tokens. Which ones is said by kind of token, and by the
+tokens whose losses rise most in sum.
+"""
+
+from dataclasses import dataclass
+
+from configurator import run
+
+import numpy as np
+import torch
+
+from analysis.ablation import mean_outputs
+from analysis.induction_circuit import names_of, without
+from analysis.induction_heads import best_shifts, copies_with_lags, shift_scores
+from analysis.plots import Panel, draw_panels, field_maps, symmetric
+from analysis.program import AnalysisConfig, main, top_heads
+from analysis.record import final_stream, record
+from evaluate import stream_losses
+from runtime.progress import progress_bar
+
+TOKENS = 10  # in the table
+
+
+@dataclass
+class Config(AnalysisConfig):
+    text: str = ''  # FILE:book.txt or a dataset; '': the val split that the checkpoint names
+    max_tokens: int = 65536  # of the text, in windows of the context's length
+    sequences: int = 100  # random sequences, from which heads are named
+    threshold: float = 0.4  # mean attention from which a head is named
+    least = dict(max_tokens=2, sequences=1)
+
+
+@dataclass
+class InText:
+    attention: np.ndarray  # (n_layer, n_head) to what followed the same token, 0 to 1
+    expected: np.ndarray  # (n_layer, n_head) from places alone
+    random: np.ndarray  # (n_layer, n_head) attention at the best shift, on random tokens
+    named: list  # names of heads
+    loss: dict  # of 'repeats' and 'others': nats, of the whole model
+    rise: dict  # of both, and of their 'difference': nats without the named heads; nan for none
+    error: dict  # standard errors of rise over windows
+    alone: np.ndarray  # (n_layer, n_head) how much more repeats lose than others without that head
+    share: float  # of the tokens that are repeats
+    kinds: dict  # of repeats, by kind of token: their count, and the mean rise
+    tokens: list  # (token, count, rise) of the tokens whose losses rise most in sum
+    n_windows: int
+
+
+def find_repeats(idx):
+    """For idx (B, T + 1): the place (B, T) behind the last earlier occurrence of each of the first
+    T tokens, 0 where there is none, and whether the next token is the one at that place."""
+    T = idx.size(1) - 1
+    tokens, place = idx[:, :-1], torch.arange(T, device=idx.device)
+    is_same = (tokens[:, :, None] == tokens[:, None, :]) & (place[:, None] > place)  # (B, T, T)
+    behind = torch.where(is_same, place + 1, 0).amax(-1)  # (B, T)
+    return behind, (behind > 0) & (idx.gather(1, behind) == idx[:, 1:])
+
+
+def attention_to(model, windows):
+    """The mean attention (n_layer, n_head) to the place behind the last occurrence, and the mean
+    of the mean pattern at the same places. The token itself does not count, as it would where a
+    token comes twice in a row."""
+    n_layer, n_head = model.config.n_layer, model.config.n_head
+    found, patterns, weights = torch.zeros(n_layer, n_head).double(), [0] * n_layer, 0
+    for idx in progress_bar(windows, 'attention'):
+        behind, _ = find_repeats(idx)
+        T = behind.size(1)
+        counts = (behind > 0) & (behind < torch.arange(T, device=idx.device))
+        chosen = torch.nn.functional.one_hot(behind, T) * counts[..., None]  # (B, T, T)
+        weights = weights + chosen.sum(0).double()
+        for block in record(model, idx[:, :-1]):
+            pattern = block.pattern()
+            found[block.layer] += torch.einsum('bhts,bts->h', pattern, chosen.float()).cpu()
+            patterns[block.layer] = patterns[block.layer] + pattern.sum(0).double()
+    n = sum(len(idx) for idx in windows)
+    expected = torch.stack([(pattern / n * weights).sum((-2, -1)) for pattern in patterns])
+    return (found / weights.sum()).numpy(), (expected / weights.sum()).cpu().numpy()
+
+
+def kind_of(text):
+    """What kind of token a text is."""
+    if '\n' in text:
+        return 'line break'
+    if text.isupper() and len(text) > 1:
+        return 'capitals'
+    if text[:1].isspace() and text.strip():
+        return 'begins a word'
+    return 'in a word' if text.isalpha() else 'other'
+
+
+def losses_of(model, idx, edit=None):
+    """The loss in nats (B, T) of each prediction in idx (B, T + 1). edit is record's."""
+    return stream_losses(model, final_stream(record(model, idx[:, :-1], edit)), idx[:, 1:])
+
+
+def mean_and_influence(values, chosen):
+    """The mean of values (windows, T) where they are chosen, and how each window moves it
+    (windows,): its standard error is the root of the sum of their squares."""
+    n = chosen.sum()
+    mean = (values * chosen).sum() / n
+    return mean.item(), ((values - mean) * chosen).sum(1) / n
+
+
+def compare(values, repeats):
+    """The mean of values (windows, T) over repeats, over others, and the difference, and the
+    standard error of each."""
+    (a, moves_a), (b, moves_b) = (mean_and_influence(values, chosen)
+                                  for chosen in (repeats, ~repeats))
+    moves = {'repeats': moves_a, 'others': moves_b, 'difference': moves_a - moves_b}
+    return ({'repeats': a, 'others': b, 'difference': a - b},
+            {key: move.square().sum().sqrt().item() for key, move in moves.items()})
+
+
+def most_helped(targets, rise, tokenizer):
+    """The kinds of targets (n,) and the tokens whose losses rise most in sum, by rise (n,)."""
+    ids, where = targets.unique(return_inverse=True)
+    counts = torch.bincount(where)
+    sums = torch.zeros(len(ids), dtype=torch.float64).index_add(0, where, rise)
+    texts = [tokenizer.decode([i]) for i in ids.tolist()]
+    kinds = {}
+    for text, count, total in zip(texts, counts.tolist(), sums.tolist()):
+        n, before = kinds.get(kind_of(text), (0, 0.0))
+        kinds[kind_of(text)] = n + count, before + total
+    first = sums.argsort(descending=True)[:TOKENS].tolist()
+    return ({kind: {'count': n, 'rise': total / n} for kind, (n, total) in kinds.items()},
+            [(texts[i], counts[i].item(), (sums[i] / counts[i]).item()) for i in first])
+
+
+def analyse(subject, config):
+    model, c = subject.model, subject.model.config
+    copies = copies_with_lags(model, subject.n_vocab, config.sequences, config.seed)
+    random = best_shifts(shift_scores(subject, copies))[1]
+    named = [head for head in top_heads(random, threshold=config.threshold) if head[0] > 0]
+    windows = subject.windows(config.text, config.max_tokens, min(c.block_size, config.max_tokens))
+    attention, expected = attention_to(model, windows)
+    means = mean_outputs(model, [idx[:, :-1] for idx in windows])
+    repeats = torch.cat([find_repeats(idx)[1] for idx in windows]).cpu()
+    whole = torch.cat([losses_of(model, idx) for idx in windows])
+
+    def rise_without(heads):
+        """How much each loss (windows, T) rises with heads at their means."""
+        edit = without(means, heads)
+        return torch.cat([losses_of(model, idx, edit) for idx in windows]) - whole
+
+    alone = np.full((c.n_layer, c.n_head), np.nan)
+    asked = list(np.ndindex(alone.shape)) if alone.size <= 64 else named
+    for head in progress_bar(asked, 'without a head'):
+        alone[head] = compare(rise_without([head]), repeats)[0]['difference']
+    rise = rise_without(named)
+    kinds, tokens = {}, []
+    if named and subject.tokenizer.knows_text:
+        targets = torch.cat([idx[:, 1:] for idx in windows]).cpu()
+        kinds, tokens = most_helped(targets[repeats], rise[repeats], subject.tokenizer)
+    loss, _ = compare(whole, repeats)
+    return InText(attention, expected, random, names_of(named), loss, *compare(rise, repeats),
+                  alone, float(repeats.double().mean()), kinds, tokens, len(whole))
+
+
+def table(result):
+    lines = [f'{"head":>6}{"attention":>12}{"expected":>11}{"on random tokens":>19}'
+             f'{"rise of repeats less others":>30}']
+    for place in top_heads(result.attention - result.expected, 8):
+        lines.append(f'{place[0]}.{place[1]:<4}'.rjust(6) +
+                     f'{result.attention[place]:>12.3f}{result.expected[place]:>11.3f}'
+                     f'{result.random[place]:>19.3f}{result.alone[place]:>+30.4f}')
+    lines += ['', f'repeats are {result.share:.1%} of the tokens; loss {result.loss["repeats"]:.3f}'
+                  f', of others {result.loss["others"]:.3f} nats, {result.n_windows:,} windows']
+    if not result.named:
+        return '\n'.join([*lines, 'no head behind the first layer does induction on random tokens'])
+    rises = ', '.join(f'{key} {result.rise[key]:+.4f} +- {result.error[key]:.4f}'
+                      for key in ('repeats', 'others', 'difference'))
+    lines.append(f'without {" ".join(result.named)}: {rises} nats')
+    for kind, found in sorted(result.kinds.items(), key=lambda item: -item[1]['rise']):
+        lines.append(f'  {kind:<14}{found["count"]:>8,} repeats{found["rise"]:>+9.4f} nats each')
+    if result.tokens:
+        lines.append('helped most in sum: ' + ', '.join(
+            f'{text!r} {count} x {each:+.2f}' for text, count, each in result.tokens))
+    return '\n'.join(lines)
+
+
+def plot(results):
+    alone = field_maps(results, 'alone')
+    end = symmetric(alone)
+    return draw_panels('Induction in a text', [
+        Panel('attention to what followed the same token', field_maps(results, 'attention'),
+              'mean attention', 0, 1),
+        Panel('the same, from places alone', field_maps(results, 'expected'), 'mean attention',
+              0, 1),
+        Panel('at the best shift, on random tokens', field_maps(results, 'random'),
+              'mean attention', 0, 1),
+        Panel('without the head: rise of repeats less others', alone, 'nats', -end, end,
+              'RdBu_r')])
+
+
+if __name__ == '__main__':
+    run(lambda: main('induction_in_text', Config, analyse, table, plot))
