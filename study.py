@@ -42,7 +42,9 @@ from runtime.record import write_file
 from runtime.run_folder import kind_path
 from runtime.workers import default_workers, in_workers, worker_pool
 from study_controls import SeparateLatents, control
+from study_findings import SIZES
 from study_report import write_report
+from study_text import LADDER, TEXTS
 from train import TrainConfig, launch
 
 HERE = Path(__file__).resolve().parent
@@ -115,12 +117,8 @@ VARIATIONS = {
     'base10000': dict(rotary_base=10000.0),
     'slow': dict(learning_rate=1e-3),
     'fast': dict(learning_rate=1e-2),
-    'wide': dict(n_embd=128),
-    'narrow': dict(n_embd=32),
-    'heads2': dict(n_head=2),
-    'heads8': dict(n_head=8),
-    'vocabulary16': dict(vocabulary=16),
-    'vocabulary256': dict(vocabulary=256),
+    **{name: dict(n_head=heads, vocabulary=vocabulary, n_embd=width)
+       for name, (heads, vocabulary, width) in SIZES.items() if name},
     'period': dict(task='period'),
     'cycle': dict(task='cycle'),
     'characters': dict(dataset='shakespeare_char', **TEXT),
@@ -140,9 +138,6 @@ CONTROLS = ['separate', 'keys', 'values', 'rotated']
 SMALL = ['mla2', 'mla4', 'mla8', 'mla12']
 NORMED = ['normed32', 'normed48']
 LEAST = ['mla4', 'mla8', 'mla12', 'mla16', 'mla24', 'mla32']  # tried for the least latent
-SIZES = ['', 'heads2', 'heads8', 'vocabulary16', 'vocabulary256', 'narrow', 'wide']
-LADDER = ['mha_learned', 'mla_learned', 'mla32', 'decoupled24', 'norm', 'scale', 'query', 'mha',
-          'gqa', 'mqa', 'mla11', 'mla21', 'mla43', 'mla64', 'decoupled29']
 PRESETS = {
     'minute': grid(['mha', 'decoupled32'], [1]),
     'evening': [*grid(MAIN, range(1, 11)), *grid([*OTHERS, 'separate'], range(1, 6)),
@@ -154,7 +149,7 @@ PRESETS['night'] = [*dict.fromkeys([
     *PRESETS['evening'], *grid(MAIN + OTHERS + CONTROLS, range(1, 21)), *grid(SMALL, range(1, 11)),
     *grid(NORMED, range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow']),
     *grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow', 'fast']),
-    *grid(LEAST, range(1, 3), SIZES), *grid(LADDER, range(1, 6), ['characters', 'plays']),
+    *grid(LEAST, range(1, 3), SIZES), *grid(LADDER, range(1, 6), TEXTS),
     *grid(['mha_learned', 'mla_learned'], range(1, 6)),
     *grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle'])])]
 

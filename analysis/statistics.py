@@ -65,6 +65,21 @@ def paired_shares(a, b):
     return Estimate((only_a - only_b) / n, max(-1.0, centre - margin), min(1.0, centre + margin), n)
 
 
+def least_squares(columns, y):
+    """The Estimates of the slopes of y (n,) on columns (n, k), beside an intercept, with the
+    interval of Student's t; the intercept; and the standard deviation of what they leave. Raises
+    ValueError where n is not above k + 1, or a column is a sum of others."""
+    X = np.column_stack([np.ones(len(y)), columns])
+    n, k = X.shape
+    if n <= k or np.linalg.matrix_rank(X) < k:
+        raise ValueError(f'{n} runs do not tell {k} numbers')
+    found, *_ = np.linalg.lstsq(X, y, rcond=None)
+    left = math.sqrt(((y - X @ found) ** 2).sum() / (n - k))
+    margins = stdtrit(n - k, 0.975) * left * np.sqrt(np.diag(np.linalg.inv(X.T @ X)))
+    slopes = [Estimate(b, b - margin, b + margin, n) for b, margin in zip(found, margins)]
+    return slopes[1:], float(found[0]), left
+
+
 @dataclass
 class Survival:
     """Times to an event, after Kaplan and Meier 1958. Runs without it count up to their end."""

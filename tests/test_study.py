@@ -18,7 +18,9 @@ from conftest import tiny_model
 from scipy import stats
 
 import study
+import study_cells
 import study_check
+import study_findings
 import study_report
 from analysis import ablation, induction_circuit, spectrum, statistics
 from analysis.program import Subject, as_json, load_subject
@@ -32,6 +34,7 @@ from runtime.checkpoint import save_checkpoint
 from runtime.dataset import open_data, write_splits
 from runtime.tokenizer import make_tokenizer
 from study_controls import control
+from study_text import ladder
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +169,7 @@ def cell(algorithm='classical', at=1000, shift=1, accuracy=0.95):
     iters = list(range(100, 3001, 100))
     rises = [0.9 if at is not None and i >= at else 0.1 for i in iters]
     earlier = [0.9 if at is not None and i >= at - 200 else 0.1 for i in iters]
-    scores = dict.fromkeys(study_report.EVENTS, earlier) | {
+    scores = dict.fromkeys(study_findings.EVENTS, earlier) | {
         'accuracy': rises, 'induction': rises, 'classical': rises}
     return {'max_iters': 3000, 'late_accuracy': 0.9,
             'development': {'iters': iters, 'losses': [3.0] * len(iters), 'scores': scores},
@@ -177,39 +180,93 @@ def cell(algorithm='classical', at=1000, shift=1, accuracy=0.95):
 
 def of_cells(**cells):
     labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
-    return study_report.Study({(name, ''): dict(enumerate(found)) for name, found in cells.items()},
+    return study_cells.Study({(name, ''): dict(enumerate(found)) for name, found in cells.items()},
                               {}, labels)
 
 
 def test_a_difference_is_said_where_its_interval_excludes_zero_alone():
     shifted = cell('shifted', shift=4)
     alike = of_cells(mha=[cell(), shifted] * 5, mla32=[shifted, cell()] * 5)
-    claim, = study_report.algorithms(alike).claims
+    claim, = study_findings.algorithms(alike).claims
     assert claim.startswith('No difference seen') and '+0%' in claim and '10 pairs' in claim
     apart = of_cells(mha=[shifted] * 9 + [cell()], mla32=[cell()] * 10)
-    claim, = study_report.algorithms(apart).claims
+    claim, = study_findings.algorithms(apart).claims
     assert claim.startswith('MLA 32 ends in the classical circuit more often') and '+90%' in claim
-    claim, = study_report.algorithms(of_cells(mha=[cell()] * 10, mla32=[shifted] * 10)).claims
+    claim, = study_findings.algorithms(of_cells(mha=[cell()] * 10, mla32=[shifted] * 10)).claims
     assert 'less often' in claim and '-100%' in claim
     few = of_cells(mha=[shifted] * 2, mla32=[cell()] * 2)
-    assert study_report.algorithms(few).claims == []
+    assert study_findings.algorithms(few).claims == []
 
 
 def test_runs_that_never_form_count_in_the_times():
     late = of_cells(mha=[cell(at=None, algorithm='none')] * 8, mla32=[cell(at=900)] * 8)
-    finding = study_report.times(late)
+    finding = study_findings.times(late)
     assert finding.rows[1][2] == 0 and 'not reached' in finding.rows[1][3]
     assert finding.rows[2][3].startswith('900') and ' differ:' in finding.claims[0]
-    same = study_report.times(of_cells(mha=[cell()] * 4, mla32=[cell()] * 4))
+    same = study_findings.times(of_cells(mha=[cell()] * 4, mla32=[cell()] * 4))
     assert 'do not differ visibly' in same.claims[0]
 
 
 def test_what_comes_first():
-    claim, = study_report.birth(of_cells(mha=[cell(at=1000), cell(at=1500), cell(at=2000)])).claims
+    runs = of_cells(mha=[cell(at=1000), cell(at=1500), cell(at=2000)])
+    claim, = study_findings.birth(runs).claims
     assert 'before the induction head' in claim and '-200 (-200 to -200)' in claim
     wobbles = cell(at=1000)
     wobbles['development']['scores'] |= {'previous': [0.1, 0.9, 0.1, *[0.1] * 17, *[0.9] * 10]}
-    assert study_report.half_way(wobbles, 'previous') == 2100
+    assert study_findings.half_way(wobbles, 'previous') == 2100
+
+
+def test_slopes_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=20)
+    y = 3 + 2 * x + rng.normal(size=20)
+    (slope,), intercept, left = statistics.least_squares(x, y)
+    line = stats.linregress(x, y)
+    margin = stats.t.ppf(0.975, 18) * line.stderr
+    assert (slope.value, slope.low, slope.high) == pytest.approx(
+        (line.slope, line.slope - margin, line.slope + margin))
+    assert intercept == pytest.approx(line.intercept)
+    assert left ** 2 * 18 == pytest.approx(((y - line.intercept - line.slope * x) ** 2).sum())
+    both, intercept, left = statistics.least_squares(np.stack([x, x ** 2], 1), 1 + x - 3 * x ** 2)
+    assert [slope.value for slope in both] == pytest.approx([1, -3])
+    assert intercept == pytest.approx(1) and left < 1e-9
+    for columns in (np.stack([x, 2 * x], 1), np.ones((20, 1))):  # which cannot be told apart
+        with pytest.raises(ValueError, match='20 runs do not tell'):
+            statistics.least_squares(columns, y)
+
+
+def test_the_law_of_the_least_latent():
+    """With a latent that must have 1.5 times the root of the vocabulary, whatever else there is."""
+    cells = {}
+    for size, (heads, vocabulary, width) in study_findings.SIZES.items():
+        for n in (4, 8, 12, 16, 24, 32):
+            copies = 'classical' if n >= 1.5 * vocabulary ** 0.5 else 'none'
+            cells[f'mla{n}', size] = {seed: cell(algorithm=copies) for seed in (1, 2)}
+    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
+    found = study_cells.Study(cells, {}, labels)
+    assert study_findings.least_latents(found, '') == {1: (8, 12), 2: (8, 12)}
+    assert study_findings.least_latents(found, 'vocabulary256') == {1: (16, 24), 2: (16, 24)}
+    heads, vocabulary, width, fitted = study_findings.law(found).claims
+    assert heads.startswith('No difference seen') and width.startswith('No difference seen')
+    assert vocabulary.startswith('The least latent grows with the vocabulary, as its power: +0.')
+    assert fitted.startswith('The fitted law is')
+    unknown = study_cells.Study({('mla4', ''): {1: cell(), 2: cell(algorithm='none')}}, {}, labels)
+    assert study_findings.least_latents(unknown, '') == {1: None, 2: None}
+    assert study_findings.law(unknown).claims == []
+
+
+def test_the_ladder_says_whether_a_published_sign_comes_out():
+    bits = {'mha': [2.0, 2.1, 1.9], 'mha_learned': [2.2, 2.31, 2.1], 'mla_learned': [2.1, 2.2, 2.0],
+            'decoupled24': [2.0, 2.3, 2.0]}
+    cells = {(name, 'plays'): {seed: {'bits_per_byte': b, 'cached': 32, 'parameters': 1000}
+                               for seed, b in enumerate(of)} for name, of in bits.items()}
+    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
+    finding = ladder(study_cells.Study(cells, {}, labels), 'plays')
+    rotary, latent, decoupled = finding.claims
+    assert 'needs more bits than MHA (no rotary positions): +0.2033' in rotary
+    assert rotary.endswith('more. It comes out here.')
+    assert latent.endswith('more. The opposite comes out here.') and 'fewer bits' in latent
+    assert decoupled.startswith('No difference seen') and decoupled.endswith('cannot be told here.')
 
 
 def test_the_report_is_one_page(tmp_path):

@@ -1,0 +1,486 @@
+"""
+What the study finds about circuits that copy: a function for each question, which makes a Finding
+of cells.
+"""
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis.statistics import (
+    least_squares,
+    logrank_p,
+    mean,
+    paired,
+    paired_shares,
+    share,
+    survival,
+)
+from study_cells import (
+    ALGORITHMS,
+    FORMED,
+    PAIRS,
+    STYLES,
+    Finding,
+    compared,
+    copies_well,
+    emergence,
+    is_classical,
+    spread,
+)
+
+
+def learning(study):
+    """When each model learns to copy."""
+    finding = Finding('How the models learn to copy')
+    figure = Figure(figsize=(12, 4), layout='constrained')
+    axes = figure.subplots(1, 3)
+    for ax, (key, title) in zip(axes, (('losses', 'val loss, nats'), ('accuracy', 'copy accuracy'),
+                                       ('induction', 'attention of the best head to its shift'))):
+        for name, colour, line in study.styles():
+            for i, cell in enumerate(study.of(name).values()):
+                formed = cell['development']
+                values = formed['losses'] if key == 'losses' else formed['scores'][key]
+                ax.plot(formed['iters'], [math.nan if x is None else x for x in values], line,
+                        lw=1.2, color=colour, label=None if i else study.labels[name])
+        ax.set(title=title, xlabel='iteration')
+        if key != 'losses':
+            ax.set_ylim(-0.02, 1.02)
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    finding.figure = figure
+    finding.rows = [['attention', 'seeds', 'copies, median (lowest to highest)',
+                     'val loss, median (lowest to highest)']]
+    for name in study.present():
+        cells = study.of(name).values()
+        finding.rows.append([
+            study.labels[name], len(cells),
+            spread([cell['circuit']['accuracy'] for cell in cells]),
+            spread([cell['development']['losses'][-1] for cell in cells])])
+    return finding
+
+
+def algorithms(study):
+    """Which circuit each attention ends in."""
+    names = study.present()
+    finding = Finding('Which circuit copies')
+    figure = Figure(figsize=(9, 0.8 + 0.36 * len(names)), layout='constrained')
+    ax = figure.subplots()
+    finding.rows = [['attention', 'seeds', *ALGORITHMS, 'shifts', 'a head above 0.8 (95 %)']]
+    for place, name in enumerate(names):
+        circuits = [cell['circuit'] for cell in study.of(name).values()]
+        counts = {key: sum(c['algorithm'] == key for c in circuits) for key in ALGORITHMS}
+        left = 0
+        for key, colour in ALGORITHMS.items():
+            part = counts[key] / len(circuits)
+            ax.barh(place, part, left=left, color=colour, edgecolor='white',
+                    label=key if place == 0 else None)
+            if counts[key]:
+                ax.text(left + part / 2, place, counts[key], ha='center', va='center', fontsize=8,
+                        color='white' if key == 'classical' else 'black')
+            left += part
+        shifts = sorted(c['shift'] for c in circuits if c['algorithm'] == 'shifted')
+        finding.rows.append([study.labels[name], len(circuits), *counts.values(),
+                             ', '.join(map(str, shifts)) or '-',
+                             share([c['score'] > 0.8 for c in circuits]).text('{:.0%}')])
+    ax.set_yticks(range(len(names)), [study.labels[name] for name in names], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), xlabel='share of the seeds')
+    ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
+    finding.figure = figure
+    for name in names:
+        mha, other = study.pairs('mha', name)
+        if name not in PARAMETRISED and len(mha) >= PAIRS:
+            finding.claims.append(classical_claim(study.labels[name], 'MHA', other, mha))
+    return finding
+
+
+def times(study):
+    """How long it takes until a head has formed."""
+    names = study.present()
+    finding = Finding('When induction forms')
+    figure = Figure(figsize=(9, 4.2), layout='constrained')
+    ax = figure.subplots()
+    finding.rows = [['attention', 'seeds', 'formed', 'median iteration (95 %)']]
+    groups = {}
+    for name in names:
+        cells = list(study.of(name).values())
+        groups[name] = [emergence(c) for c in cells], [c['max_iters'] for c in cells]
+        found = survival(*groups[name])
+        for _, colour, line in [style for style in study.styles() if style[0] == name]:
+            ax.step([0, *found.times, max(groups[name][1])],
+                    [0, *(1 - found.remaining), 1 - found.remaining[-1]], line, where='post',
+                    lw=1.8, color=colour, label=f'{study.labels[name]}, {found.n} seeds')
+        ends = [f'{x:,.0f}' if math.isfinite(x) else 'not reached'
+                for x in (found.median, found.low, found.high)]
+        finding.rows.append([study.labels[name], found.n, found.events,
+                             f'{ends[0]} ({ends[1]} to {ends[2]})'])
+    ax.set(xlabel='iteration', ylim=(-0.02, 1.02), xlim=(0, None),
+           ylabel=f'share of runs with a head above {FORMED}')
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    finding.figure = figure
+    for name in names[1:] if names[:1] == ['mha'] else []:
+        if min(len(groups['mha'][0]), len(groups[name][0])) < PAIRS:
+            continue
+        p = logrank_p(*groups['mha'], *groups[name])
+        seen = 'differ' if p < 0.05 else 'do not differ visibly'
+        chance = f'p = {p:.3f}' if p >= 0.001 else 'p < 0.001'
+        finding.claims.append(
+            f'The times of MHA and {study.labels[name]} until a head is above {FORMED} {seen}: '
+            f'log-rank {chance}, {len(groups["mha"][0])} and {len(groups[name][0])} seeds.')
+    return finding
+
+
+def half_way(cell, key):
+    """The iteration from which a score stays past half the way from its first to its last value:
+    what goes up and down before does not count."""
+    iters, values = cell['development']['iters'], np.array(cell['development']['scores'][key])
+    is_short = (values - (values[0] + values[-1]) / 2) * np.sign(values[-1] - values[0]) < 0
+    return iters[min(int(np.flatnonzero(is_short).max(initial=-1)) + 1, len(iters) - 1)]
+
+
+EVENTS = {'previous': 'the previous-token head', 'k_composition': 'K-composition',
+          'rank': 'effective rank of W_Q W_K^T', 'outliers': 'outliers of W_Q W_K^T',
+          'keys': 'what keys use', 'values': 'what values use'}
+
+
+def birth(study):
+    """What comes before the induction head, in the runs that end in the classical circuit."""
+    finding = Finding('What comes first')
+    figure = Figure(figsize=(9, 4.4), layout='constrained')
+    ax = figure.subplots()
+    finding.rows = [['attention', 'classical runs', *EVENTS.values()]]
+    for number, (name, colour, _) in enumerate(study.styles()):
+        cells = [c for c in study.of(name).values() if is_classical(c)]
+        if len(cells) < PAIRS:
+            continue
+        row = [study.labels[name], len(cells)]
+        for place, (key, event) in enumerate(EVENTS.items()):
+            lag = paired([half_way(c, key) for c in cells],
+                         [half_way(c, 'induction') for c in cells])
+            row.append(lag.text('{:+,.0f}'))
+            ax.errorbar(lag.value, place + 0.18 * (number - 1), fmt='osD^'[number], ms=4,
+                        xerr=[[lag.value - lag.low], [lag.high - lag.value]],
+                        color=colour, label=None if place else study.labels[name])
+            if key == 'previous':
+                when = {1: 'after', -1: 'before', 0: ''}[lag.sign()]
+                said = (f'is half formed {when} the induction head' if when else
+                        'forms with the induction head: no difference seen')
+                finding.claims.append(
+                    f'In {study.labels[name]} the previous-token head {said}: '
+                    f'{lag.text("{:+,.0f}")} iterations, {lag.n} runs, checkpoints 100 apart.')
+        finding.rows.append(row)
+    ax.axvline(0, color='black', lw=0.8)
+    ax.set_yticks(range(len(EVENTS)), EVENTS.values(), fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel('iterations after the induction head, each half way to its last value')
+    ax.grid(alpha=0.3)
+    if len(finding.rows) > 1:
+        ax.legend(fontsize=8)
+        finding.figure = figure
+    return finding
+
+
+def causes(study):
+    """Whether the heads that are named are the circuit."""
+    finding = Finding('The named heads are the cause')
+    finding.rows = [['attention', 'runs', 'copies, median (lowest to highest)',
+                     'without the named heads', 'without as many others', 'named, mean']]
+    both = []
+    for name in study.present():
+        circuits = [c['circuit'] for c in study.of(name).values()
+                    if c['circuit']['algorithm'] in ('classical', 'shifted')
+                    and c['circuit']['without_others'] is not None]
+        if not circuits:
+            continue
+        both += circuits
+        finding.rows.append([
+            study.labels[name], len(circuits),
+            *(spread([c[key] for c in circuits])
+              for key in ('accuracy', 'without_named', 'without_others')),
+            f'{mean([c["named"] for c in circuits]).value:.1f} of 8'])
+    if len(both) >= PAIRS:
+        named = mean([c['without_named'] for c in both])
+        others = mean([c['without_others'] for c in both])
+        whole = mean([c['accuracy'] for c in both])
+        finding.claims.append(
+            f'Copy accuracy is {whole.text("{:.3f}")} and falls to {named.text("{:.3f}")} without '
+            f'the named heads (a guess: {both[0]["chance"]:.3f}). Without as many others of the '
+            f'same layers, or all there are, it is {others.text("{:.3f}")}; {whole.n} runs.')
+    return finding
+
+
+def latent(study):
+    """How much latent it takes with the recipe."""
+    finding = Finding('How small may the latent be')
+    finding.rows = [['attention', 'seeds', 'copies in (95 %)', 'formed in', 'median accuracy']]
+    least = {}
+    for name in study.present():
+        kind = next((kind for kind in ('mla', 'decoupled') if name.startswith(kind)), None)
+        width = name.removeprefix(kind or '')
+        if not width.isdigit():
+            continue
+        cells = list(study.of(name).values())
+        copies = share([copies_well(c) for c in cells])
+        finding.rows.append([study.labels[name], len(cells), copies.text('{:.0%}'),
+                             sum(emergence(c) is not None for c in cells),
+                             f"{np.median([c['circuit']['accuracy'] for c in cells]):.3f}"])
+        if copies.value > 0.5:
+            least.setdefault(kind, (study.labels[name], len(cells)))
+    for kind, (label, n) in least.items():
+        finding.claims.append(f'The smallest latent tried with which most runs copy within the '
+                              f'iterations is {label}; {n} seeds.')
+    return finding
+
+
+# variation: its heads, its vocabulary, its width; '' is the recipe
+SIZES = {'': (4, 64, 64), 'heads2': (2, 64, 64), 'heads8': (8, 64, 64),
+         'vocabulary16': (4, 16, 64), 'vocabulary256': (4, 256, 64),
+         'narrow': (4, 64, 32), 'wide': (4, 64, 128)}
+
+
+def least_latents(study, size):
+    """Of each seed of a size: (the largest latent tried below the least one that copies, that
+    one), or None where the least one that was tried copies or none does."""
+    found = {}
+    for name in study.labels:
+        width = name.removeprefix('mla')
+        if width.isdigit():
+            for seed, cell in study.of(name, size).items():
+                found.setdefault(seed, {})[int(width)] = copies_well(cell)
+    ends = {}
+    for seed, copies in found.items():
+        right = min((n for n, well in copies.items() if well), default=math.inf)
+        below = max((n for n in copies if n < right), default=0)
+        ends[seed] = (below, right) if 0 < below < right < math.inf else None
+    return ends
+
+
+def law(study):
+    """How the least latent depends on heads, vocabulary and width."""
+    finding = Finding('What the least latent depends on')
+    finding.rows = [['heads', 'vocabulary', 'width', 'seeds', 'least n_latent that copies',
+                     'not known']]
+    sizes, least = [], []
+    for size, shape in SIZES.items():
+        ends = least_latents(study, size)
+        known = [pair for pair in ends.values() if pair]
+        if len(ends) < 2:
+            continue
+        spans = sorted({f'{below + 1} to {right}' for below, right in known})
+        finding.rows.append([*shape, len(ends), '; '.join(spans) or '-', len(ends) - len(known)])
+        sizes += [np.log2(shape)] * len(known)
+        least += [math.log2(math.sqrt(below * right)) for below, right in known]
+    try:
+        slopes, intercept, left = least_squares(np.array(sizes), np.array(least))
+    except ValueError:
+        return finding
+    for slope, factor in zip(slopes, ('the number of heads', 'the vocabulary', 'the width')):
+        finding.claims.append(compared(
+            slope, f'The least latent grows with {factor}, as its power',
+            f'The least latent falls with {factor}, as its power',
+            f'the power of {factor} in the least latent', '{:+.2f}', 'runs'))
+    if any(slope.sign() for slope in slopes):
+        formula = ' x '.join(f'{factor}^{slope.value:.2f}' for factor, slope in
+                             zip(('heads', 'vocabulary', 'width'), slopes))
+        finding.claims.append(
+            f'The fitted law is n_latent = {2 ** intercept:.2f} x {formula}. Two thirds of the '
+            f'runs lie within a factor of {2 ** left:.2f}, {len(least)} runs.')
+    else:
+        finding.claims.append(f'No law is fitted: no power can be told from 0, {len(least)} runs.')
+    return finding
+
+
+PARAMETRISED = {  # control: what keys are, what values are
+    'mha': ('one matrix', 'one matrix'), 'rotated': ('one matrix, other axes',) * 2,
+    'keys': ('a product', 'one matrix'), 'values': ('one matrix', 'a product'),
+    'separate': ('a product', 'a product'), 'mla64': ('a product', 'one that shares its latent')}
+
+
+def parametrisation(study):
+    """What in MLA makes the circuit classical, by controls that have one thing of it."""
+    finding = Finding('What makes MLA classical')
+    finding.rows = [['attention', 'keys', 'values', 'seeds', 'classical (95 %)', 'shifted', 'none']]
+    for name, parts in PARAMETRISED.items():
+        cells = list(study.of(name).values())
+        if not cells:
+            continue
+        kinds = [c['circuit']['algorithm'] for c in cells]
+        finding.rows.append([
+            study.labels[name], *parts, len(cells), share(are_classical(cells)).text('{:.0%}'),
+            kinds.count('shifted'), kinds.count('none')])
+        mha, other = study.pairs('mha', name)
+        if name != 'mha' and len(mha) >= PAIRS:
+            finding.claims.append(classical_claim(study.labels[name], 'MHA', other, mha))
+    keys, values = study.pairs('keys', 'values')
+    if len(keys) >= PAIRS:
+        finding.claims.append(classical_claim(*(study.labels[name] for name in ('keys', 'values')),
+                                              keys, values))
+    return finding
+
+
+def are_classical(cells):
+    return [is_classical(cell) for cell in cells]
+
+
+def classical_claim(label, before, cells, others, where=''):
+    """The sentence on how often two attentions, of paired cells, are classical."""
+    return compared(paired_shares(are_classical(cells), are_classical(others)),
+                    f'{where}{label} ends in the classical circuit more often than {before}',
+                    f'{where}{label} ends in the classical circuit less often than {before}',
+                    f'{where}how often {label} ends in the classical circuit less how often '
+                    f'{before} does', '{:+.0%}')
+
+
+def late(study):
+    """What makes the decoupled form late where its latent is wide."""
+    finding = Finding('Why a wide decoupled latent is late')
+    finding.rows = [['attention', 'recipe', 'seeds', 'formed', 'median iteration',
+                     'copies, median (lowest to highest)']]
+    groups = [('decoupled16', ''), ('decoupled32', ''), ('decoupled48', ''), ('normed32', ''),
+              ('normed48', ''), ('decoupled48', 'slow')]
+    times = {}
+    for name, variation in groups:
+        cells = study.of(name, variation)
+        if not cells:
+            continue
+        times[name, variation] = {seed: emergence(c) for seed, c in cells.items()}
+        found = survival([*times[name, variation].values()],
+                         [c['max_iters'] for c in cells.values()])
+        finding.rows.append([
+            study.labels[name], 'learning rate 1e-3' if variation else 'as it is', len(cells),
+            found.events, f'{found.median:,.0f}' if math.isfinite(found.median) else 'not reached',
+            spread([c['circuit']['accuracy'] for c in cells.values()])])
+    for name, variation, other in (('decoupled48', '', 'decoupled16'),
+                                   ('normed48', '', 'decoupled48'), ('normed32', '', 'decoupled32'),
+                                   ('decoupled48', 'slow', 'decoupled48')):
+        a, b = times.get((name, variation), {}), times.get((other, ''), {})
+        seeds = sorted(a.keys() & b.keys())
+        if len(seeds) < PAIRS:
+            continue
+        label = study.labels[name] + (' at learning rate 1e-3' if variation else '')
+        before = study.labels[other]
+        finding.claims.append(compared(
+            paired_shares(*([t[seed] is not None for seed in seeds] for t in (a, b))),
+            f'{label} forms induction more often than {before}',
+            f'{label} forms induction less often than {before}',
+            f'how often {label} forms induction less how often {before} does', '{:+.0%}'))
+    return finding
+
+
+def surgery(study):
+    """How few directions carry it."""
+    finding = Finding('How few directions of what keys and values read are needed')
+    names = [name for name in study.labels if study.surgery.get((name, ''))]
+    finding.rows = [['attention', 'layer', 'runs', 'directions read', 'found', 'of most variance',
+                     'at random', "patched: says the other's token"]]
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    axes, needs = figure.subplots(1, 2, sharey=True), {}
+    for name, (colour, _) in zip(names, STYLES):
+        runs = study.surgery[name, '']
+        for layer, ax in enumerate(axes):
+            found = {seed: run['surgery'] for seed, run in runs.items()}
+            # what is not reached counts as one more than was tried
+            needs[name, layer] = {seed: {
+                key: count or s['counts'][layer][-1] + 1
+                for key, count in s['needed'][layer].items()} for seed, s in found.items()}
+            cells = needs[name, layer].values()
+            finding.rows.append([study.labels[name], layer, len(cells),
+                                 next(iter(found.values()))['dimensions'][layer],
+                                 *(spread([c[key] for c in cells], '{:.0f}')
+                                   for key in ('found', 'variance', 'random')),
+                                 spread([s['patched'][layer][1] for s in found.values()
+                                         if s['patched'][layer]] or [math.nan])])
+            for key, mark in (('variance', '-'), ('random', ':')):
+                curves = [[s['accuracy'], *s['left'][layer][key]] for s in found.values()]
+                ax.plot([0, *next(iter(found.values()))['counts'][layer]], np.mean(curves, 0), mark,
+                        color=colour,
+                        label=f'{study.labels[name]}, {key}' if layer == 0 else None)
+            ax.set(title=f'layer {layer}', xlabel='directions removed', ylim=(-0.02, 1.02))
+            ax.grid(alpha=0.3)
+    if not names:
+        return finding
+    axes[0].set_ylabel('copy accuracy, mean over seeds')
+    axes[0].legend(fontsize=8)
+    finding.figure = figure
+    for name in names:
+        for layer in (0, 1):
+            own = list(needs[name, layer].values())
+            if len(own) >= PAIRS:
+                gap = paired([n['random'] for n in own], [n['found'] for n in own])
+                finding.claims.append(
+                    compared(gap, f'Layer {layer} of {study.labels[name]} copies through few '
+                             'directions: random ones needed less found ones',
+                             f'In layer {layer} of {study.labels[name]} random directions do as '
+                             'much as found ones', f'random less found directions needed in layer '
+                             f'{layer} of {study.labels[name]}', '{:+.1f}', 'runs'))
+            shared = sorted(needs.get(('mha', layer), {}).keys() & needs[name, layer].keys())
+            if name != 'mha' and len(shared) >= PAIRS:
+                gap = paired(*([needs[one, layer][seed]['found'] for seed in shared]
+                               for one in (name, 'mha')))
+                label = study.labels[name]
+                finding.claims.append(compared(
+                    gap, f'Layer {layer} of {label} needs more directions than that of MHA',
+                    f'Layer {layer} of {label} needs fewer directions than that of MHA',
+                    f'directions needed in layer {layer} of {label} less those of MHA', '{:+.1f}'))
+            said = {one: {seed: run['surgery']['patched'][layer][1]
+                          for seed, run in study.surgery.get((one, ''), {}).items()
+                          if run['surgery']['patched'][layer]} for one in (name, 'mha')}
+            shared = sorted(said[name].keys() & said['mha'].keys())
+            if name != 'mha' and len(shared) >= PAIRS:
+                where = f'in the found directions of layer {layer}, {study.labels[name]}'
+                finding.claims.append(compared(
+                    paired(*([said[one][seed] for seed in shared] for one in (name, 'mha'))),
+                    f"Patched {where} says the other prompt's token more often than MHA",
+                    f"Patched {where} says the other prompt's token less often than MHA",
+                    f"how often, patched {where} says the other prompt's token, less how often "
+                    'MHA does', '{:+.0%}'))
+    return finding
+
+
+def controls(study):
+    """What copies and is no induction."""
+    finding = Finding('Copying is not induction')
+    finding.rows = [['attention', 'task', 'seeds', 'right on its own task', 'copies at other lags',
+                     'best head']]
+    for variation, task in (('period', 'one period for all'), ('cycle', 'a cycle each')):
+        for name in study.present(variation):
+            cells = list(study.of(name, variation).values())
+            own, copies, score = (mean(values) for values in zip(*(
+                (c['late_accuracy'], c['circuit']['accuracy'], c['circuit']['score'])
+                for c in cells)))
+            finding.rows.append([study.labels[name], task, len(cells), own.text('{:.3f}'),
+                                 copies.text('{:.3f}'), score.text('{:.2f}')])
+            finding.claims.append(
+                f'{study.labels[name]}, trained on {task}, is right on {own.value:.0%} of it and '
+                f'copies {copies.value:.0%} of a stretch at other lags; its best head scores '
+                f'{score.value:.2f}; {len(cells)} seed{"s" * (len(cells) > 1)}.')
+    return finding
+
+
+def variations(study):
+    """Whether it depends on what else the models have."""
+    finding = Finding('Does it depend on the recipe')
+    finding.rows = [['recipe', 'attention', 'seeds', 'classical', 'shifted',
+                     'copies, median (lowest to highest)', 'formed']]
+    names = {'mlp': 'with MLPs', 'base10000': 'rotary base 10,000', 'wide': '128 wide',
+             'slow': 'learning rate 1e-3', 'fast': 'learning rate 1e-2'}
+    for variation, text in names.items():
+        for name in study.present(variation):
+            cells = list(study.of(name, variation).values())
+            kinds = [c['circuit']['algorithm'] for c in cells]
+            finding.rows.append([
+                text, study.labels[name], len(cells), kinds.count('classical'),
+                kinds.count('shifted'), spread([c['circuit']['accuracy'] for c in cells]),
+                sum(emergence(c) is not None for c in cells)])
+            mha, other = study.pairs('mha', name, variation)
+            if name != 'mha' and len(mha) >= PAIRS:
+                finding.claims.append(classical_claim(study.labels[name], 'MHA', other, mha,
+                                                      f'{text}: '))
+    return finding
+
+
+FINDINGS = (algorithms, parametrisation, times, birth, latent, law, late, surgery, causes,
+            variations, controls)
