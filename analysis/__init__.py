@@ -2,4 +2,4 @@
 
 NAMES = ('induction_heads', 'induction_circuit', 'attention_patterns', 'copying', 'composition',
          'ioi', 'subspaces', 'latent_directions', 'latent_surgery', 'spectrum', 'ablation',
-         'development', 'similarity', 'report')
+         'induction_in_text', 'development', 'similarity', 'report')

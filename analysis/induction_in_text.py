@@ -6,18 +6,22 @@ and which predictions become worse without them.
     python -m analysis.induction_in_text out/ckpt.pt --text=FILE:book.txt
 
 It needs a text: the data that the model was trained on, a dataset, or a file. Let a token come
-again, the last time at j. What followed it then, at j + 1, is what an induction head attends to and
-predicts (Olsson et al. 2022). A token that it predicts so and that does come is a repeat.
+again, the last time before at j. What followed it then, at j + 1, is what an induction head attends
+to and predicts (Olsson et al. 2022). The next token is one of three:
+
+    repeat          it is the one at j + 1
+    elsewhere       it came before in the window, but not there: no induction predicts it, and a
+                    head that copies whatever came before does
+    new             it did not come before in the window
 
     attention       of a head to j + 1, mean over the tokens that come again
-    expected        the same of a head with that one's mean pattern, which knows places and no
-                    tokens: neighbours get attention whatever they are
+    expected        the same of the head's mean pattern, which knows places and no tokens
     named heads     those behind the first layer that attend to a shift from the first occurrence in
                     random tokens (induction_heads.py), from a mean attention of threshold
     rise            of the loss, with the named heads at their means over the text (ablation.py)
 
-Heads that copy help repeats more than other tokens. Which ones is said by kind of token, and by the
-tokens whose losses rise most in sum.
+A head does induction if repeats lose more without it than tokens from elsewhere do. Which repeats
+is said by kind of token, and by the tokens whose losses rise most in sum.
 """
 
 from dataclasses import dataclass
@@ -42,7 +46,7 @@ TOKENS = 10  # in the table
 @dataclass
 class Config(AnalysisConfig):
     text: str = ''  # FILE:book.txt or a dataset; '': the val split that the checkpoint names
-    max_tokens: int = 65536  # of the text, in windows of the context's length
+    max_tokens: int = 16384  # of the text, in windows of the context's length
     sequences: int = 100  # random sequences, from which heads are named
     threshold: float = 0.4  # mean attention from which a head is named
     least = dict(max_tokens=2, sequences=1)
@@ -54,11 +58,11 @@ class InText:
     expected: np.ndarray  # (n_layer, n_head) from places alone
     random: np.ndarray  # (n_layer, n_head) attention at the best shift, on random tokens
     named: list  # names of heads
-    loss: dict  # of 'repeats' and 'others': nats, of the whole model
-    rise: dict  # of both, and of their 'difference': nats without the named heads; nan for none
+    shares: dict  # of 'repeat', 'elsewhere' and 'new' among the tokens
+    loss: dict  # of each in nats, of the whole model
+    rise: dict  # of each without the named heads, and 'difference': repeats less elsewhere
     error: dict  # standard errors of rise over windows
-    alone: np.ndarray  # (n_layer, n_head) how much more repeats lose than others without that head
-    share: float  # of the tokens that are repeats
+    alone: np.ndarray  # (n_layer, n_head) that difference without one head
     kinds: dict  # of repeats, by kind of token: their count, and the mean rise
     tokens: list  # (token, count, rise) of the tokens whose losses rise most in sum
     n_windows: int
@@ -66,12 +70,15 @@ class InText:
 
 def find_repeats(idx):
     """For idx (B, T + 1): the place (B, T) behind the last earlier occurrence of each of the first
-    T tokens, 0 where there is none, and whether the next token is the one at that place."""
+    T tokens, 0 where there is none, and which of the next tokens are of each kind, (B, T)."""
     T = idx.size(1) - 1
     tokens, place = idx[:, :-1], torch.arange(T, device=idx.device)
-    is_same = (tokens[:, :, None] == tokens[:, None, :]) & (place[:, None] > place)  # (B, T, T)
+    earlier = place[:, None] > place  # (T, T)
+    is_same = (tokens[:, :, None] == tokens[:, None, :]) & earlier  # (B, T, T)
     behind = torch.where(is_same, place + 1, 0).amax(-1)  # (B, T)
-    return behind, (behind > 0) & (idx.gather(1, behind) == idx[:, 1:])
+    repeat = (behind > 0) & (idx.gather(1, behind) == idx[:, 1:])
+    came = ((idx[:, 1:, None] == tokens[:, None, :]) & (place[:, None] >= place)).any(-1)
+    return behind, {'repeat': repeat, 'elsewhere': came & ~repeat, 'new': ~came}
 
 
 def attention_to(model, windows):
@@ -119,14 +126,14 @@ def mean_and_influence(values, chosen):
     return mean.item(), ((values - mean) * chosen).sum(1) / n
 
 
-def compare(values, repeats):
-    """The mean of values (windows, T) over repeats, over others, and the difference, and the
-    standard error of each."""
-    (a, moves_a), (b, moves_b) = (mean_and_influence(values, chosen)
-                                  for chosen in (repeats, ~repeats))
-    moves = {'repeats': moves_a, 'others': moves_b, 'difference': moves_a - moves_b}
-    return ({'repeats': a, 'others': b, 'difference': a - b},
-            {key: move.square().sum().sqrt().item() for key, move in moves.items()})
+def compare(values, kinds):
+    """The mean of values (windows, T) over each of kinds, and over repeats less over elsewhere, and
+    the standard error of each."""
+    found = {kind: mean_and_influence(values, chosen) for kind, chosen in kinds.items()}
+    (a, moves_a), (b, moves_b) = found['repeat'], found['elsewhere']
+    found['difference'] = a - b, moves_a - moves_b
+    return ({kind: value for kind, (value, _) in found.items()},
+            {kind: moves.square().sum().sqrt().item() for kind, (_, moves) in found.items()})
 
 
 def most_helped(targets, rise, tokenizer):
@@ -152,7 +159,8 @@ def analyse(subject, config):
     windows = subject.windows(config.text, config.max_tokens, min(c.block_size, config.max_tokens))
     attention, expected = attention_to(model, windows)
     means = mean_outputs(model, [idx[:, :-1] for idx in windows])
-    repeats = torch.cat([find_repeats(idx)[1] for idx in windows]).cpu()
+    groups = [find_repeats(idx)[1] for idx in windows]
+    groups = {kind: torch.cat([group[kind] for group in groups]).cpu() for kind in groups[0]}
     whole = torch.cat([losses_of(model, idx) for idx in windows])
 
     def rise_without(heads):
@@ -163,31 +171,37 @@ def analyse(subject, config):
     alone = np.full((c.n_layer, c.n_head), np.nan)
     asked = list(np.ndindex(alone.shape)) if alone.size <= 64 else named
     for head in progress_bar(asked, 'without a head'):
-        alone[head] = compare(rise_without([head]), repeats)[0]['difference']
+        alone[head] = compare(rise_without([head]), groups)[0]['difference']
     rise = rise_without(named)
     kinds, tokens = {}, []
     if named and subject.tokenizer.knows_text:
         targets = torch.cat([idx[:, 1:] for idx in windows]).cpu()
+        repeats = groups['repeat']
         kinds, tokens = most_helped(targets[repeats], rise[repeats], subject.tokenizer)
-    loss, _ = compare(whole, repeats)
-    return InText(attention, expected, random, names_of(named), loss, *compare(rise, repeats),
-                  alone, float(repeats.double().mean()), kinds, tokens, len(whole))
+    return InText(attention, expected, random, names_of(named),
+                  {kind: group.double().mean().item() for kind, group in groups.items()},
+                  {kind: mean_and_influence(whole, group)[0] for kind, group in groups.items()},
+                  *compare(rise, groups), alone, kinds, tokens, len(whole))
 
 
 def table(result):
     lines = [f'{"head":>6}{"attention":>12}{"expected":>11}{"on random tokens":>19}'
-             f'{"rise of repeats less others":>30}']
+             f'{"repeats less elsewhere":>25}']
     for place in top_heads(result.attention - result.expected, 8):
-        lines.append(f'{place[0]}.{place[1]:<4}'.rjust(6) +
-                     f'{result.attention[place]:>12.3f}{result.expected[place]:>11.3f}'
-                     f'{result.random[place]:>19.3f}{result.alone[place]:>+30.4f}')
-    lines += ['', f'repeats are {result.share:.1%} of the tokens; loss {result.loss["repeats"]:.3f}'
-                  f', of others {result.loss["others"]:.3f} nats, {result.n_windows:,} windows']
-    if not result.named:
+        name = f'{place[0]}.{place[1]}'
+        lines.append(f'{name:>6}{result.attention[place]:>12.3f}{result.expected[place]:>11.3f}'
+                     f'{result.random[place]:>19.3f}{result.alone[place]:>+25.4f}')
+    named = ' '.join(result.named)
+    lines += ['', f'{"next token":<14}{"share":>8}{"loss":>9}' +
+              f'     rise without {named}' * bool(named)]
+    for kind, loss in result.loss.items():
+        rise = f'{result.rise[kind]:>+12.4f} +- {result.error[kind]:.4f}' * bool(named)
+        lines.append(f'{kind:<14}{result.shares[kind]:>8.1%}{loss:>9.3f}{rise}')
+    lines[-1] += f'     nats, {result.n_windows:,} windows'
+    if not named:
         return '\n'.join([*lines, 'no head behind the first layer does induction on random tokens'])
-    rises = ', '.join(f'{key} {result.rise[key]:+.4f} +- {result.error[key]:.4f}'
-                      for key in ('repeats', 'others', 'difference'))
-    lines.append(f'without {" ".join(result.named)}: {rises} nats')
+    lines.append(f'{"difference":<31}{result.rise["difference"]:>+12.4f} +- '
+                 f'{result.error["difference"]:.4f}     repeats less elsewhere')
     for kind, found in sorted(result.kinds.items(), key=lambda item: -item[1]['rise']):
         lines.append(f'  {kind:<14}{found["count"]:>8,} repeats{found["rise"]:>+9.4f} nats each')
     if result.tokens:
@@ -206,7 +220,7 @@ def plot(results):
               0, 1),
         Panel('at the best shift, on random tokens', field_maps(results, 'random'),
               'mean attention', 0, 1),
-        Panel('without the head: rise of repeats less others', alone, 'nats', -end, end,
+        Panel('without the head: repeats lose more than elsewhere', alone, 'nats', -end, end,
               'RdBu_r')])
 
 

@@ -51,6 +51,9 @@ PARTS = {
         'text; effective rank; and how many lie beyond the edge of noise.',
     'ablation': 'How much the loss, and the difference between the loss late and early in the '
         'context, change with each head at zero or at its mean.',
+    'induction_in_text': 'Attention in a text to what followed the same token before, beside what '
+        'places alone give; and how much more is lost without a head where induction is right than '
+        'where the next token came before elsewhere.',
     'similarity': 'CKA of the residual streams of the two models on the same text, after the '
         'embedding (0) and each block, and of what their heads write: 1 is the same up to rotation '
         'and scale.',

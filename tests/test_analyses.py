@@ -7,16 +7,32 @@ from configurator import UserError
 import numpy as np
 import pytest
 import torch
-from analysis_models import exact_mla, induction_model, random_model, same_function, subject
+from analysis_models import (
+    copying_model,
+    exact_mla,
+    induction_model,
+    random_model,
+    same_function,
+    subject,
+)
 from conftest import ALL, BOTH, CHARS, tiny_model
 from torch.nn import functional as F
 
-from analysis import ablation, attention_patterns, induction_heads, ioi, similarity
+from analysis import (
+    ablation,
+    attention_patterns,
+    induction_heads,
+    induction_in_text,
+    ioi,
+    similarity,
+)
 from analysis.program import Subject
 from analysis.record import BlockRecord, final_stream, record, run_from
+from data.induction.prepare import CHARACTERS, draw_sequences
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
+from runtime.dataset import write_splits
 from runtime.tokenizer import make_tokenizer
 
 
@@ -384,3 +400,80 @@ def test_gpt2_identifies_indirect_objects_as_published():
     assert result.logit_difference == pytest.approx(3.56, abs=0.8) and result.share > 0.97
     name_movers = {(9, 9), (9, 6), (10, 0)}
     assert name_movers & {pair for pair in ioi.top_heads(result.attribution, 3)}
+
+
+# induction in a text
+
+
+def test_repeats_are_those_of_the_definition():
+    idx = torch.randint(6, (5, 13), generator=torch.Generator().manual_seed(0))
+    behind, kinds = induction_in_text.find_repeats(idx)
+    for b, window in enumerate(idx.tolist()):
+        for t in range(12):
+            places = [j for j in range(t) if window[j] == window[t]]
+            expected = places[-1] + 1 if places else 0
+            assert behind[b, t] == expected
+            is_repeat = bool(places) and window[expected] == window[t + 1]
+            came = window[t + 1] in window[:t + 1]
+            assert [bool(kinds[kind][b, t]) for kind in ('repeat', 'elsewhere', 'new')] == [
+                is_repeat, came and not is_repeat, not came]
+
+
+@pytest.fixture
+def stretches(tmp_path):
+    """A dataset of sequences in which a stretch comes twice, for copying_model."""
+    ids, _ = draw_sequences('stretch', 300, 33, 40, 0)
+    write_splits(tmp_path, ids[:100].ravel(), ids[100:].ravel(), make_tokenizer(CHARACTERS[:40]),
+                 33)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize('convert', [lambda m: m, exact_mla], ids=['mha', 'mla'])
+def test_a_head_that_does_induction_in_a_text_is_told_and_is_the_cause(convert, stretches):
+    model = convert(copying_model(1))
+    s = Subject(model, make_tokenizer(CHARACTERS[:40]), stretches, 'a/model')
+    result = induction_in_text.analyse(s, induction_in_text.Config())
+    assert result.named == ['1.0'] and result.n_windows == 200
+    assert result.attention[1, 0] > 0.7 and result.expected[1, 0] < 0.15
+    others = np.delete((result.attention - result.expected).ravel(), 4)
+    assert (abs(others) < 0.05).all()
+    assert result.rise['repeat'] > 1 and result.rise['new'] < 0  # which it takes for repeats
+    assert result.rise['difference'] > 10 * result.error['difference'] > 0
+    circuit = result.alone[[0, 0, 1], [0, 1, 0]]
+    assert circuit[0] > 0.5 and circuit[2] == pytest.approx(result.rise['difference'])
+    assert abs(np.delete(result.alone.ravel(), [0, 1, 4])).max() < 1e-6
+    assert sum(kind['count'] for kind in result.kinds.values()) == pytest.approx(
+        result.shares['repeat'] * 200 * 32)
+    assert '1.0' in induction_in_text.table(result)
+
+
+def test_a_head_that_knows_no_tokens_attends_as_expected(stretches):
+    model = tiny_model(GPT, block_size=32, vocab_size=40)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight[:2 * model.config.n_embd] = 0
+            block.attn.c_attn.bias.zero_()
+    s = Subject(model, make_tokenizer(CHARACTERS[:40]), stretches, 'a/model')
+    result = induction_in_text.analyse(s, induction_in_text.Config())
+    assert np.allclose(result.attention, result.expected, atol=1e-6) and result.named == []
+    assert (result.attention > 0.03).all()
+    assert 'no head behind the first layer' in induction_in_text.table(result)
+
+
+def test_errors_of_means_over_kinds_are_those_of_draws():
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(400, 60, 10, generator=generator) < 0.3
+    values = torch.randn(400, 60, 10, generator=generator) + torch.randn(
+        400, 60, 1, generator=generator)  # which the places of a window share
+    found = [induction_in_text.compare(v.double(), {'repeat': k, 'elsewhere': ~k})
+             for v, k in zip(values, chosen)]
+    for kind in ('repeat', 'elsewhere', 'difference'):
+        spread = np.std([means[kind] for means, _ in found])
+        assert np.mean([errors[kind] for _, errors in found]) == pytest.approx(spread, rel=0.1)
+
+
+@pytest.mark.parametrize('text, kind', [(' the', 'begins a word'), ('ing', 'in a word'),
+                                        ('HAM', 'capitals'), (':\n', 'line break'), (',', 'other'),
+                                        ('I', 'in a word'), (' ', 'other')])
+def test_kinds_of_tokens(text, kind):
+    assert induction_in_text.kind_of(text) == kind

@@ -30,7 +30,7 @@ from runtime.tokenizer import make_tokenizer
 # latent_surgery and development want models that have learned to copy: test_circuits_that_copy.py
 SINGLE = [name for name in NAMES if name not in ('report', 'similarity', 'latent_surgery',
                                                  'development')]
-TEXT = ('ablation', 'similarity', 'spectrum')
+TEXT = ('ablation', 'induction_in_text', 'similarity', 'spectrum')
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def write_plays():
 
 
 def main():
-    defaults = dict(source=str(TEXTS), out_dir=str(HERE), tokenizer='bpe', vocab_size=512)
+    defaults = dict(source=str(TEXTS), out_dir=str(HERE), tokenizer='bpe', vocab_size=2048)
     configure(sys.argv[1:], prepare.PrepareConfig, **defaults)  # refuses before it writes
     write_plays()
     prepare.main(**defaults)
