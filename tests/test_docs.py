@@ -98,6 +98,7 @@ SHORTER = {
     'data/prepare.py': '--workers=1',
     'data/induction/prepare.py': '--sequences=64 --out_dir=data/induction',
     'data/openwebtext/prepare.py': '--workers=1',
+    'data/plays/prepare.py': '--workers=1 --vocab_size=300 --out_dir=data/plays',
     'analysis.induction_heads': '--sequences=2',
     'analysis.attention_patterns': '--sequences=2',
     'analysis.ioi': '--prompts=4 --patch_prompts=2',
