@@ -20,8 +20,12 @@ to and predicts (Olsson et al. 2022). The next token is one of three:
                     random tokens (induction_heads.py), from a mean attention of threshold
     rise            of the loss, with the named heads at their means over the text (ablation.py)
 
-A head does induction if repeats lose more without it than tokens from elsewhere do. Which repeats
-is said by kind of token, and by the tokens whose losses rise most in sum.
+    difference      how much more a repeat loses than the same token when it comes from elsewhere,
+                    mean over the repeats of tokens that come as both
+
+A head does induction if the difference is above 0. Line breaks, for instance, are often repeats and
+often foreseen by other means, which says nothing while they are compared with line breaks. Which
+repeats need the heads is said by kind of token, and by the tokens whose losses rise most in sum.
 """
 
 from dataclasses import dataclass
@@ -41,6 +45,7 @@ from evaluate import stream_losses
 from runtime.progress import progress_bar
 
 TOKENS = 10  # in the table
+BLOCKS = 32  # of windows, from which errors are known
 
 
 @dataclass
@@ -60,9 +65,11 @@ class InText:
     named: list  # names of heads
     shares: dict  # of 'repeat', 'elsewhere' and 'new' among the tokens
     loss: dict  # of each in nats, of the whole model
-    rise: dict  # of each without the named heads, and 'difference': repeats less elsewhere
-    error: dict  # standard errors of rise over windows
-    alone: np.ndarray  # (n_layer, n_head) that difference without one head
+    rise: dict  # of each without the named heads, and 'difference'
+    error: dict  # standard errors of rise
+    alone: np.ndarray  # (n_layer, n_head) that difference without one head; nan where that was not
+                       # asked: of a model with more than 64 heads the named ones are
+    alone_error: np.ndarray
     kinds: dict  # of repeats, by kind of token: their count, and the mean rise
     tokens: list  # (token, count, rise) of the tokens whose losses rise most in sum
     n_windows: int
@@ -118,22 +125,45 @@ def losses_of(model, idx, edit=None):
     return stream_losses(model, final_stream(record(model, idx[:, :-1], edit)), idx[:, 1:])
 
 
-def mean_and_influence(values, chosen):
-    """The mean of values (windows, T) where they are chosen, and how each window moves it
-    (windows,): its standard error is the root of the sum of their squares."""
+def mean_over(values, chosen):
+    """The mean of values (windows, T) where they are chosen, and its standard error as that of a
+    ratio over windows."""
     n = chosen.sum()
     mean = (values * chosen).sum() / n
-    return mean.item(), ((values - mean) * chosen).sum(1) / n
+    return mean.item(), (((values - mean) * chosen).sum(1) / n).square().sum().sqrt().item()
 
 
-def compare(values, kinds):
-    """The mean of values (windows, T) over each of kinds, and over repeats less over elsewhere, and
-    the standard error of each."""
-    found = {kind: mean_and_influence(values, chosen) for kind, chosen in kinds.items()}
-    (a, moves_a), (b, moves_b) = found['repeat'], found['elsewhere']
-    found['difference'] = a - b, moves_a - moves_b
-    return ({kind: value for kind, (value, _) in found.items()},
-            {kind: moves.square().sum().sqrt().item() for kind, (_, moves) in found.items()})
+def difference(values, targets, groups):
+    """How much larger values (windows, T) are for repeats than for the same targets (windows, T)
+    from elsewhere, mean over repeats, and its standard error by the jackknife over blocks of
+    neighbouring windows. nan where no token comes as both."""
+    ids = targets.unique(return_inverse=True)[1]
+    n = int(ids.max()) + 1
+    parts = []  # of each block: sums and counts, of repeats and of elsewhere, (4, n)
+    for block in torch.arange(len(values)).tensor_split(min(BLOCKS, len(values))):
+        part = []
+        for kind in ('repeat', 'elsewhere'):
+            chosen = groups[kind][block]
+            where = ids[block][chosen]
+            part += [torch.bincount(where, weights, n)
+                     for weights in (values[block][chosen], torch.ones(len(where)).double())]
+        parts.append(torch.stack(part))
+    parts = torch.stack(parts)
+
+    def estimate(sums):
+        a, n_a, b, n_b = sums[:, (sums[1] > 0) & (sums[3] > 0)]
+        return ((a / n_a - b / n_b) * n_a).sum() / n_a.sum()
+    left_out = torch.stack([estimate(parts.sum(0) - part) for part in parts])
+    spread = (left_out - left_out.mean()).square().mean() * (len(parts) - 1)
+    return estimate(parts.sum(0)).item(), spread.sqrt().item()
+
+
+def rises(values, targets, groups):
+    """The mean and the standard error of values (windows, T) over each group, and of difference():
+    two dictionaries."""
+    found = {kind: mean_over(values, chosen) for kind, chosen in groups.items()}
+    found['difference'] = difference(values, targets, groups)
+    return tuple({kind: pair[i] for kind, pair in found.items()} for i in (0, 1))
 
 
 def most_helped(targets, rise, tokenizer):
@@ -161,6 +191,7 @@ def analyse(subject, config):
     means = mean_outputs(model, [idx[:, :-1] for idx in windows])
     groups = [find_repeats(idx)[1] for idx in windows]
     groups = {kind: torch.cat([group[kind] for group in groups]).cpu() for kind in groups[0]}
+    targets = torch.cat([idx[:, 1:] for idx in windows]).cpu()
     whole = torch.cat([losses_of(model, idx) for idx in windows])
 
     def rise_without(heads):
@@ -168,29 +199,29 @@ def analyse(subject, config):
         edit = without(means, heads)
         return torch.cat([losses_of(model, idx, edit) for idx in windows]) - whole
 
-    alone = np.full((c.n_layer, c.n_head), np.nan)
+    alone, alone_error = np.full((2, c.n_layer, c.n_head), np.nan)
     asked = list(np.ndindex(alone.shape)) if alone.size <= 64 else named
     for head in progress_bar(asked, 'without a head'):
-        alone[head] = compare(rise_without([head]), groups)[0]['difference']
+        alone[head], alone_error[head] = difference(rise_without([head]), targets, groups)
     rise = rise_without(named)
     kinds, tokens = {}, []
     if named and subject.tokenizer.knows_text:
-        targets = torch.cat([idx[:, 1:] for idx in windows]).cpu()
         repeats = groups['repeat']
         kinds, tokens = most_helped(targets[repeats], rise[repeats], subject.tokenizer)
     return InText(attention, expected, random, names_of(named),
                   {kind: group.double().mean().item() for kind, group in groups.items()},
-                  {kind: mean_and_influence(whole, group)[0] for kind, group in groups.items()},
-                  *compare(rise, groups), alone, kinds, tokens, len(whole))
+                  {kind: mean_over(whole, group)[0] for kind, group in groups.items()},
+                  *rises(rise, targets, groups), alone, alone_error, kinds, tokens, len(whole))
 
 
 def table(result):
     lines = [f'{"head":>6}{"attention":>12}{"expected":>11}{"on random tokens":>19}'
-             f'{"repeats less elsewhere":>25}']
+             f'{"difference without it":>25}']
     for place in top_heads(result.attention - result.expected, 8):
         name = f'{place[0]}.{place[1]}'
         lines.append(f'{name:>6}{result.attention[place]:>12.3f}{result.expected[place]:>11.3f}'
-                     f'{result.random[place]:>19.3f}{result.alone[place]:>+25.4f}')
+                     f'{result.random[place]:>19.3f}{result.alone[place]:>+15.4f} +- '
+                     f'{result.alone_error[place]:.4f}')
     named = ' '.join(result.named)
     lines += ['', f'{"next token":<14}{"share":>8}{"loss":>9}' +
               f'     rise without {named}' * bool(named)]
@@ -201,7 +232,7 @@ def table(result):
     if not named:
         return '\n'.join([*lines, 'no head behind the first layer does induction on random tokens'])
     lines.append(f'{"difference":<31}{result.rise["difference"]:>+12.4f} +- '
-                 f'{result.error["difference"]:.4f}     repeats less elsewhere')
+                 f'{result.error["difference"]:.4f}     a repeat less the same token from elsewhere')
     for kind, found in sorted(result.kinds.items(), key=lambda item: -item[1]['rise']):
         lines.append(f'  {kind:<14}{found["count"]:>8,} repeats{found["rise"]:>+9.4f} nats each')
     if result.tokens:
@@ -220,7 +251,7 @@ def plot(results):
               0, 1),
         Panel('at the best shift, on random tokens', field_maps(results, 'random'),
               'mean attention', 0, 1),
-        Panel('without the head: repeats lose more than elsewhere', alone, 'nats', -end, end,
+        Panel('without the head: difference', alone, 'nats', -end, end,
               'RdBu_r')])
 
 

@@ -460,16 +460,23 @@ def test_a_head_that_knows_no_tokens_attends_as_expected(stretches):
     assert 'no head behind the first layer' in induction_in_text.table(result)
 
 
-def test_errors_of_means_over_kinds_are_those_of_draws():
+def test_errors_are_those_of_draws():
+    """Values that the places of a window share in part, and of which repeats have 0.5 more than
+    the same token from elsewhere. Frequent repeats are of tokens whose values are low."""
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.rand(400, 60, 10, generator=generator) < 0.3
-    values = torch.randn(400, 60, 10, generator=generator) + torch.randn(
-        400, 60, 1, generator=generator)  # which the places of a window share
-    found = [induction_in_text.compare(v.double(), {'repeat': k, 'elsewhere': ~k})
-             for v, k in zip(values, chosen)]
-    for kind in ('repeat', 'elsewhere', 'difference'):
-        spread = np.std([means[kind] for means, _ in found])
-        assert np.mean([errors[kind] for _, errors in found]) == pytest.approx(spread, rel=0.1)
+    found = []
+    for _ in range(300):
+        targets = torch.randint(5, (64, 10), generator=generator)
+        repeat = torch.rand(64, 10, generator=generator) < 0.6 - 0.1 * targets
+        values = torch.randn(64, 10, generator=generator) + torch.randn(64, 1, generator=generator)
+        values = (values + 2 * targets + 0.5 * repeat).double()
+        found.append(induction_in_text.rises(values, targets,
+                                             {'repeat': repeat, 'elsewhere': ~repeat}))
+    means = {kind: np.array([means[kind] for means, _ in found]) for kind in found[0][0]}
+    for kind, values in means.items():
+        assert np.mean([errors[kind] for _, errors in found]) == pytest.approx(values.std(), rel=.1)
+    assert abs(means['difference'].mean() - 0.5) < 4 * means['difference'].std() / 300 ** 0.5
+    assert (means['repeat'] - means['elsewhere']).mean() < -0.2  # which other tokens make
 
 
 @pytest.mark.parametrize('text, kind', [(' the', 'begins a word'), ('ing', 'in a word'),
