@@ -28,7 +28,7 @@ from configurator import UserError, check_least, configure, run
 
 import torch
 
-from analysis import development, induction_circuit, latent_surgery
+from analysis import development, induction_circuit, induction_in_text, latent_surgery
 from analysis.program import as_json, load_subject, writing_to
 from analysis.record import final_stream, record
 from evaluate import text_scores
@@ -36,7 +36,6 @@ from model import GPT
 from model_mla import GPT_MLA
 from models import cached_numbers
 from runtime.checkpoint import checkpoint_path, read_checkpoint
-from runtime.dataset import open_data
 from runtime.progress import progress_bar
 from runtime.record import write_file
 from runtime.run_folder import kind_path
@@ -44,7 +43,7 @@ from runtime.workers import default_workers, in_workers, worker_pool
 from study_controls import SeparateLatents, control
 from study_findings import SIZES
 from study_report import write_report
-from study_text import LADDER, TEXTS
+from study_text import LADDER, READING, TEXTS
 from train import TrainConfig, launch
 
 HERE = Path(__file__).resolve().parent
@@ -100,15 +99,19 @@ class Cell:
     def name(self):
         return '-'.join(filter(None, (self.attention, self.variation, str(self.seed))))
 
+    def iterations(self, max_iters):
+        return VARIATIONS[self.variation].get('times', 1) * max_iters
+
     def arguments(self):
         """The command line of the trainer."""
         settings = dict(ATTENTIONS[self.attention].settings) | VARIATIONS[self.variation]
         return [RECIPE, *(f'--{key}={value}' for key, value in settings.items()
-                          if key not in OF_DATA), f'--seed={self.seed}']
+                          if key not in NOT_THE_TRAINERS), f'--seed={self.seed}']
 
 
 # What is not as the recipe has it. task and vocabulary are those of data/induction/prepare.py.
-OF_DATA = ('task', 'vocabulary', 'dataset')
+# times is of max_iters.
+NOT_THE_TRAINERS = ('task', 'vocabulary', 'dataset', 'times')
 TEXT = dict(mlp=True, block_size=64, batch_size=12, learning_rate=1e-3, lr_schedule='cosine',
             lr_decay_iters=3000, min_lr=1e-4)
 VARIATIONS = {
@@ -123,6 +126,9 @@ VARIATIONS = {
     'cycle': dict(task='cycle'),
     'characters': dict(dataset='shakespeare_char', **TEXT),
     'plays': dict(dataset='plays', **TEXT),
+    # past T sqrt(B C) tokens, T = 10^5.7, from which induction is said to emerge
+    READING: dict(dataset='plays', mlp=True, block_size=128, batch_size=16, eval_interval=500,
+                  lr_schedule='cosine', lr_decay_iters=12_000, min_lr=3e-4, times=4),
 }
 
 
@@ -150,7 +156,7 @@ PRESETS['night'] = [*dict.fromkeys([
     *grid(NORMED, range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow']),
     *grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow', 'fast']),
     *grid(LEAST, range(1, 3), SIZES), *grid(LADDER, range(1, 6), TEXTS),
-    *grid(['mha_learned', 'mla_learned'], range(1, 6)),
+    *grid(MAIN, range(1, 4), [READING]), *grid(['mha_learned', 'mla_learned'], range(1, 6)),
     *grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle'])])]
 
 
@@ -206,18 +212,26 @@ def train_cell(cell, out_dir, max_iters):
                                            bias=False)
             if launch(model_class, config, model_args).stopped:
                 return
-        subject = load_subject(str(path), 'cpu')
-        formed = development.analyse(subject, development.Config())
-        circuit = induction_circuit.analyse(subject, induction_circuit.Config())
-        bins, model = open_data(str(data)), subject.model
-        scores = text_scores(model, bins.val, bins.tokenizer, torch.float32, 64, bins.sequence)
-    found = {'cell': asdict(cell), 'max_iters': max_iters, 'torch': torch.__version__,
-             'val_loss': scores['loss'], 'bits_per_byte': scores['bits_per_byte'],
+        found = take_apart(cell, load_subject(str(path), 'cpu'))
+    found |= {'cell': asdict(cell), 'max_iters': max_iters, 'torch': torch.__version__}
+    write_file(cell_file(cell, out_dir), (json.dumps(as_json(found)) + '\n').encode())
+
+
+def take_apart(cell, subject):
+    """What is kept of a trained cell, a dictionary."""
+    model, bins = subject.model, subject.open_data('', key='dataset')
+    scores = text_scores(model, bins.val, bins.tokenizer, torch.float32, 64, bins.sequence)
+    found = {'val_loss': scores['loss'], 'bits_per_byte': scores['bits_per_byte'],
              'parameters': model.get_num_params(),
              'cached': cached_numbers(model) // model.config.n_layer,
-             'circuit': circuit, 'development': formed,
-             'late_accuracy': late_accuracy(model, bins.val) if bins.sequence else None}
-    write_file(cell_file(cell, out_dir), (json.dumps(as_json(found)) + '\n').encode())
+             'circuit': induction_circuit.analyse(subject, induction_circuit.Config()),
+             'development': development.analyse(subject, development.Config())}
+    if bins.sequence:
+        found['late_accuracy'] = late_accuracy(model, bins.val)
+    if cell.variation == READING:
+        settings = induction_in_text.Config(max_tokens=2 ** 17)
+        found['in_text'] = induction_in_text.analyse(subject, settings)
+    return found
 
 
 def late_accuracy(model, tokens):
@@ -256,7 +270,8 @@ def to_operate(cells, out_dir):
 def is_done(cell, config):
     """Whether a cell has been trained for as many iterations as are wanted, or more."""
     path = cell_file(cell, config.out_dir)
-    return path.exists() and json.loads(path.read_text())['max_iters'] >= config.max_iters
+    wanted = cell.iterations(config.max_iters)
+    return path.exists() and json.loads(path.read_text())['max_iters'] >= wanted
 
 
 def iterations_of(cell, out_dir):
@@ -272,17 +287,19 @@ def iterations_of(cell, out_dir):
 def train_cells(cells, config):
     """Train cells in parallel processes, with one bar of iterations."""
     os.environ['OMP_NUM_THREADS'] = '1'  # of the processes to come
-    bar = progress_bar(total=len(cells) * config.max_iters, desc='iterations', unit_scale=True)
+    wanted = {cell: cell.iterations(config.max_iters) for cell in cells}
+    bar = progress_bar(total=sum(wanted.values()), desc='iterations', unit_scale=True)
     with worker_pool(min(config.workers, len(cells))) as pool, bar:
-        pending = {pool.submit(train_cell, cell, config.out_dir, config.max_iters): cell
-                   for cell in cells}
+        pending = {pool.submit(train_cell, cell, config.out_dir, n): cell
+                   for cell, n in wanted.items()}
         try:
+            done = 0
             while pending:
                 ended, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
                 for future in ended:
                     future.result()
+                    done += wanted[pending[future]]
                     tell(pending.pop(future), config.out_dir)
-                done = config.max_iters * (len(cells) - len(pending))
                 now = done + sum(iterations_of(cell, config.out_dir) for cell in pending.values())
                 bar.update(max(0, now - bar.n))
         except BaseException:

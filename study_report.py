@@ -10,7 +10,7 @@ from pathlib import Path
 from analysis.report import PAGE
 from study_cells import read_study
 from study_findings import FINDINGS, learning
-from study_text import TEXTS, ladder
+from study_text import TEXTS, in_text, ladder
 
 LIMITS = '''Models of two layers, four heads and a context of 32, on one artificial task and with
 one recipe: nothing here says that larger models do the same. A circuit that forms after the last
@@ -39,7 +39,7 @@ def render(finding, out_dir):
 def findings_of(study):
     """The Findings that the cells allow, in the order of the page."""
     found = [*(make(study) for make in FINDINGS), *(ladder(study, text) for text in TEXTS),
-             learning(study)]
+             in_text(study), learning(study)]
     for finding in found:
         if finding.figure:
             finding.figure.suptitle(finding.title)

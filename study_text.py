@@ -2,10 +2,13 @@
 What the study finds about text: a function for each question, which makes a Finding of cells.
 """
 
+import numpy as np
+
 from analysis.statistics import mean, paired
-from study_cells import PAIRS, Finding, compared
+from study_cells import FORMED, PAIRS, Finding, compared, spread
 
 TEXTS = {'characters': 'characters of Shakespeare', 'plays': 'byte pairs of all his plays'}
+READING = 'reading'  # the variation that reads a text for long
 LADDER = ['mha_learned', 'mla_learned', 'mla32', 'decoupled24', 'norm', 'scale', 'query', 'mla11',
           'mla21', 'mla43', 'mla64', 'decoupled29', 'mqa', 'gqa', 'mha']
 # what is compared: (before, after, of what, the published sign of the change where there is one)
@@ -56,4 +59,57 @@ def ladder(study, text):
                      0: 'It cannot be told here'}[change.sign()]
             claim += f" Published ({source}): {'more' if sign > 0 else 'fewer'}. {found}."
         finding.claims.append(claim)
+    return finding
+
+
+def best_in_text(cell):
+    """Of the head behind the first layer that attends most in a text to what followed the same
+    token, beyond what places give: how much that is, its best score on random tokens, and how much
+    more a repeat loses without it than the same token from elsewhere."""
+    found = {key: np.array(cell['in_text'][key], dtype=float)[1:]
+             for key in ('attention', 'expected', 'random', 'alone')}
+    excess = found['attention'] - found['expected']
+    at = np.unravel_index(excess.argmax(), excess.shape)
+    return excess[at], found['random'].max(), found['alone'][at]
+
+
+def in_text(study):
+    """Whether induction heads form in a text, and what they do there."""
+    finding = Finding('Induction in a text')
+    finding.rows = [['attention', 'seeds', 'bits per byte (95 %)', 'best head on random tokens',
+                     'attention in the text beyond places', 'difference without that head, nats']]
+    excess = {}
+    for name in study.present(READING):
+        cells = study.of(name, READING)
+        found = {seed: best_in_text(cell) for seed, cell in cells.items()}
+        excess[name] = {seed: beyond for seed, (beyond, *_) in found.items()}
+        label, n = study.labels[name], len(cells)
+        beyond, random, without = zip(*found.values())
+        finding.rows.append([label, n, mean([c['bits_per_byte'] for c in cells.values()]
+                                            ).text('{:.4f}'),
+                             spread(random), spread(beyond), spread(without, '{:+.3f}')])
+        formed = sum(score >= FORMED for score in random)
+        finding.claims.append(f'On random tokens {label} has a head above {FORMED} in {formed} of '
+                              f'{n} runs; the best head scores {spread(random)}.')
+        if n >= PAIRS:
+            finding.claims.append(compared(
+                mean(beyond), f'In the text the best head of {label} attends to what followed the '
+                'same token more than its mean pattern does', f'In the text no head of {label} '
+                'attends to what followed the same token', 'attention of the best head of '
+                f'{label} to what followed the same token in the text, less that of its mean '
+                'pattern', '{:+.3f}', 'runs'))
+            finding.claims.append(compared(
+                mean(without), f'Repeats need that head of {label}: without it they lose more than '
+                'the same tokens from elsewhere', f'Repeats do not need that head of {label}: '
+                'without it they lose less than the same tokens from elsewhere',
+                f'what repeats lose without that head of {label} less what the same tokens from '
+                'elsewhere lose', '{:+.3f} nats', 'runs'))
+        shared = sorted(excess[name].keys() & excess.get('mha', {}).keys())
+        if name != 'mha' and len(shared) >= PAIRS:
+            finding.claims.append(compared(
+                paired(*([excess[one][seed] for seed in shared] for one in (name, 'mha'))),
+                f'{label} attends more to what followed the same token in the text than MHA',
+                f'{label} attends less to what followed the same token in the text than MHA',
+                f'attention of {label} to what followed the same token in the text less that of '
+                'MHA', '{:+.3f}'))
     return finding

@@ -232,7 +232,7 @@ def table(result):
     if not named:
         return '\n'.join([*lines, 'no head behind the first layer does induction on random tokens'])
     lines.append(f'{"difference":<31}{result.rise["difference"]:>+12.4f} +- '
-                 f'{result.error["difference"]:.4f}     a repeat less the same token from elsewhere')
+                 f'{result.error["difference"]:.4f}     repeat less the same from elsewhere')
     for kind, found in sorted(result.kinds.items(), key=lambda item: -item[1]['rise']):
         lines.append(f'  {kind:<14}{found["count"]:>8,} repeats{found["rise"]:>+9.4f} nats each')
     if result.tokens:
