@@ -5,12 +5,14 @@ finds the circuit that copies in them, and says what differs, with intervals.
     python study.py --preset=minute        one pair of models, under two minutes on two cores
     python study.py --preset=evening       ten seeds of each attention, an hour
     python study.py --preset=night         everything
+    python study.py --preset=night --question=least         the cells of one question
 
 It needs nothing but this folder. Each model is a cell: an attention, a seed, and what else is not
-as config/train_induction.py has it. A cell is trained by the project's own loop, one thread each,
-as many at once as there are cores. What it found is out_dir/cells/NAME.json, its checkpoints are in
-out_dir/runs/NAME. A cell that is there is not trained again. One that was stopped goes on where it
-was, so the same command carries on after a kill or adds seeds. At the end report.html is written.
+as config/train_induction.py has it (study_grid.py). A cell is trained by the project's own loop,
+one thread each, as many at once as there are cores. What it found is out_dir/cells/NAME.json, its
+checkpoints are in out_dir/runs/NAME. A cell that is there is not trained again. One that was
+stopped goes on where it was, so the same command carries on after a kill or adds seeds. At the end
+report.html is written.
 """
 
 import json
@@ -32,137 +34,25 @@ from analysis import development, induction_circuit, induction_in_text, latent_s
 from analysis.program import as_json, load_subject, writing_to
 from analysis.record import final_stream, record
 from evaluate import text_scores
-from model import GPT
-from model_mla import GPT_MLA
 from models import cached_numbers
 from runtime.checkpoint import checkpoint_path, read_checkpoint
 from runtime.progress import progress_bar
 from runtime.record import write_file
 from runtime.run_folder import kind_path
 from runtime.workers import default_workers, in_workers, worker_pool
-from study_controls import SeparateLatents, control
-from study_findings import SIZES
+from study_controls import SeparateLatents
+from study_grid import ATTENTIONS, MAIN, PRESETS, QUESTIONS, VARIATIONS
 from study_report import write_report
-from study_text import LADDER, READING, TEXTS
+from study_text import READING
 from train import TrainConfig, launch
 
 HERE = Path(__file__).resolve().parent
-RECIPE = 'config/train_induction.py'
-
-
-@dataclass(frozen=True)
-class Attention:
-    label: str
-    model_class: type = GPT
-    settings: tuple = ()  # pairs of a key of the model and its value
-
-
-def mla(label, n_latent, model_class=GPT_MLA, **settings):
-    return Attention(label, model_class, (('n_latent', n_latent), *settings.items()))
-
-
-DECOUPLED = dict(rotary='decoupled', n_rotary=8)
-ATTENTIONS = {
-    'mha': Attention('MHA'),
-    'gqa': Attention('GQA, 2 heads', settings=(('n_kv_head', 2),)),
-    'mqa': Attention('MQA', settings=(('n_kv_head', 1),)),
-    # 11, 21 and 43 have the parameters of MQA, GQA and MHA
-    **{f'mla{n}': mla(f'MLA {n}', n) for n in (2, 4, 8, 11, 12, 16, 21, 24, 32, 43, 48, 64)},
-    **{f'decoupled{n}': mla(f'MLA {n} decoupled', n, **DECOUPLED) for n in (16, 29, 32, 48)},
-    # which part of the parametrisation matters
-    'separate': mla('MLA 32 + 32 separate', 64, control('trained', 'trained')),
-    'keys': mla('MHA, keys as in MLA 64', 128, control('trained', 'direct')),
-    'values': mla('MHA, values as in MLA 64', 128, control('direct', 'trained')),
-    'rotated': mla('MHA in other axes', 128, control('rotated', 'rotated')),
-    # rungs from MLA to DeepSeek's, of one cache: latent and rotary key are 32 numbers
-    'decoupled24': mla('MLA 24 decoupled', 24, **DECOUPLED),
-    'norm': mla('decoupled, norm', 24, latent_norm=True, **DECOUPLED),
-    'scale': mla('decoupled, norm, scale', 24, latent_norm=True, latent_scale=True, **DECOUPLED),
-    'query': mla('decoupled, norm, scale, query latent', 24, latent_norm=True, latent_scale=True,
-                 n_query_latent=32, **DECOUPLED),
-    # what makes a wide decoupled latent late
-    **{f'normed{n}': mla(f'MLA {n} decoupled, norm', n, latent_norm=True, **DECOUPLED)
-       for n in (32, 48)},
-    'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
-    'mla_learned': mla('MLA 32, learned positions', 32, rotary='none'),
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One model of the study."""
-    attention: str
-    seed: int
-    variation: str = ''  # of VARIATIONS
-
-    @property
-    def name(self):
-        return '-'.join(filter(None, (self.attention, self.variation, str(self.seed))))
-
-    def iterations(self, max_iters):
-        return VARIATIONS[self.variation].get('times', 1) * max_iters
-
-    def arguments(self):
-        """The command line of the trainer."""
-        settings = dict(ATTENTIONS[self.attention].settings) | VARIATIONS[self.variation]
-        return [RECIPE, *(f'--{key}={value}' for key, value in settings.items()
-                          if key not in NOT_THE_TRAINERS), f'--seed={self.seed}']
-
-
-# What is not as the recipe has it. task and vocabulary are those of data/induction/prepare.py.
-# times is of max_iters.
-NOT_THE_TRAINERS = ('task', 'vocabulary', 'dataset', 'times')
-TEXT = dict(mlp=True, block_size=64, batch_size=12, learning_rate=1e-3, lr_schedule='cosine',
-            lr_decay_iters=3000, min_lr=1e-4)
-VARIATIONS = {
-    '': {},
-    'mlp': dict(mlp=True),
-    'base10000': dict(rotary_base=10000.0),
-    'slow': dict(learning_rate=1e-3),
-    'fast': dict(learning_rate=1e-2),
-    **{name: dict(n_head=heads, vocabulary=vocabulary, n_embd=width)
-       for name, (heads, vocabulary, width) in SIZES.items() if name},
-    'period': dict(task='period'),
-    'cycle': dict(task='cycle'),
-    'characters': dict(dataset='shakespeare_char', **TEXT),
-    'plays': dict(dataset='plays', **TEXT),
-    # past T sqrt(B C) tokens, T = 10^5.7, from which induction is said to emerge
-    READING: dict(dataset='plays', mlp=True, block_size=128, batch_size=16, eval_interval=500,
-                  lr_schedule='cosine', lr_decay_iters=12_000, min_lr=3e-4, times=4),
-}
-
-
-def grid(attentions, seeds, variations=('',)):
-    """Cells, seed by seed: what is stopped early has as many seeds of each."""
-    return [Cell(attention, seed, variation) for seed in seeds for variation in variations
-            for attention in attentions]
-
-
-MAIN = ['mha', 'mla32', 'decoupled32']
-OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48']
-CONTROLS = ['separate', 'keys', 'values', 'rotated']
-SMALL = ['mla2', 'mla4', 'mla8', 'mla12']
-NORMED = ['normed32', 'normed48']
-LEAST = ['mla4', 'mla8', 'mla12', 'mla16', 'mla24', 'mla32']  # tried for the least latent
-PRESETS = {
-    'minute': grid(['mha', 'decoupled32'], [1]),
-    'evening': [*grid(MAIN, range(1, 11)), *grid([*OTHERS, 'separate'], range(1, 6)),
-                *grid(['mha_learned', 'mla_learned'], [1, 2]),
-                *grid(['mla2', 'mla4', 'mla8'], range(1, 4)),
-                *grid(['mha_learned', 'mha'], [1], ['period', 'cycle'])],
-}
-PRESETS['night'] = [*dict.fromkeys([
-    *PRESETS['evening'], *grid(MAIN + OTHERS + CONTROLS, range(1, 21)), *grid(SMALL, range(1, 11)),
-    *grid(NORMED, range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow']),
-    *grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow', 'fast']),
-    *grid(LEAST, range(1, 3), SIZES), *grid(LADDER, range(1, 6), TEXTS),
-    *grid(MAIN, range(1, 4), [READING]), *grid(['mha_learned', 'mla_learned'], range(1, 6)),
-    *grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle'])])]
 
 
 @dataclass
 class StudyConfig:
     preset: Literal['minute', 'evening', 'night'] = 'minute'  # how much is trained
+    question: Literal['all', *QUESTIONS] = 'all'  # train the cells of one question of the page
     out_dir: str = 'out_study'  # where models, numbers and report.html go
     workers: int = 0  # models that are trained at once; 0: one for each core
     max_iters: int = 3000  # iterations of each; a circuit that forms later counts as not seen
@@ -321,6 +211,11 @@ def tell(cell, out_dir):
 def main():
     config, _ = configure(sys.argv[1:], StudyConfig)
     began, cells = time.time(), PRESETS[config.preset]
+    if config.question != 'all':
+        cells = [cell for cell in cells if cell in QUESTIONS[config.question]]
+    if not cells:
+        raise UserError(f'--preset={config.preset} has nothing for --question={config.question}: '
+                        'take --preset=night')
     config.workers = config.workers or default_workers()
     with writing_to(config.out_dir):
         for kind in ('cells', 'surgery'):
@@ -330,7 +225,8 @@ def main():
     if missing and not config.only_report:
         prepare(missing, config.out_dir)
         train_cells(missing, config)
-    operated = to_operate(cells, config.out_dir) if config.preset != 'minute' else []
+    with_surgery = config.preset != 'minute' and config.question in ('all', 'circuits')
+    operated = to_operate(cells, config.out_dir) if with_surgery else []
     if operated and not config.only_report:
         print(f'{len(operated)} to operate on')
         with worker_pool(min(config.workers, len(operated))) as pool:

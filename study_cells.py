@@ -24,6 +24,7 @@ PAIRS = 3  # pairs of seeds from which a difference is spoken of
 class Finding:
     """What the page says on one question."""
     title: str
+    question: str  # of the study's key question, which trains its cells
     claims: list = field(default_factory=list)  # sentences, each from numbers
     rows: list = field(default_factory=list)  # a table, its headings first
     figure: Figure | None = None

@@ -33,7 +33,7 @@ from study_cells import (
 
 def learning(study):
     """When each model learns to copy."""
-    finding = Finding('How the models learn to copy')
+    finding = Finding('How the models learn to copy', 'circuits')
     figure = Figure(figsize=(12, 4), layout='constrained')
     axes = figure.subplots(1, 3)
     for ax, (key, title) in zip(axes, (('losses', 'val loss, nats'), ('accuracy', 'copy accuracy'),
@@ -64,7 +64,7 @@ def learning(study):
 def algorithms(study):
     """Which circuit each attention ends in."""
     names = study.present()
-    finding = Finding('Which circuit copies')
+    finding = Finding('Which circuit copies', 'circuits')
     figure = Figure(figsize=(9, 0.8 + 0.36 * len(names)), layout='constrained')
     ax = figure.subplots()
     finding.rows = [['attention', 'seeds', *ALGORITHMS, 'shifts', 'a head above 0.8 (95 %)']]
@@ -99,7 +99,7 @@ def algorithms(study):
 def times(study):
     """How long it takes until a head has formed."""
     names = study.present()
-    finding = Finding('When induction forms')
+    finding = Finding('When induction forms', 'circuits')
     figure = Figure(figsize=(9, 4.2), layout='constrained')
     ax = figure.subplots()
     finding.rows = [['attention', 'seeds', 'formed', 'median iteration (95 %)']]
@@ -148,7 +148,7 @@ EVENTS = {'previous': 'the previous-token head', 'k_composition': 'K-composition
 
 def birth(study):
     """What comes before the induction head, in the runs that end in the classical circuit."""
-    finding = Finding('What comes first')
+    finding = Finding('What comes first', 'circuits')
     figure = Figure(figsize=(9, 4.4), layout='constrained')
     ax = figure.subplots()
     finding.rows = [['attention', 'classical runs', *EVENTS.values()]]
@@ -185,7 +185,7 @@ def birth(study):
 
 def causes(study):
     """Whether the heads that are named are the circuit."""
-    finding = Finding('The named heads are the cause')
+    finding = Finding('The named heads are the cause', 'circuits')
     finding.rows = [['attention', 'runs', 'copies, median (lowest to highest)',
                      'without the named heads', 'without as many others', 'named, mean']]
     both = []
@@ -214,7 +214,7 @@ def causes(study):
 
 def latent(study):
     """How much latent it takes with the recipe."""
-    finding = Finding('How small may the latent be')
+    finding = Finding('How small may the latent be', 'least')
     finding.rows = [['attention', 'seeds', 'copies in (95 %)', 'formed in', 'median accuracy']]
     least = {}
     for name in study.present():
@@ -260,7 +260,7 @@ def least_latents(study, size):
 
 def law(study):
     """How the least latent depends on heads, vocabulary and width."""
-    finding = Finding('What the least latent depends on')
+    finding = Finding('What the least latent depends on', 'least')
     finding.rows = [['heads', 'vocabulary', 'width', 'seeds', 'least n_latent that copies',
                      'not known']]
     sizes, least = [], []
@@ -301,7 +301,7 @@ PARAMETRISED = {  # control: what keys are, what values are
 
 def parametrisation(study):
     """What in MLA makes the circuit classical, by controls that have one thing of it."""
-    finding = Finding('What makes MLA classical')
+    finding = Finding('What makes MLA classical', 'parametrisation')
     finding.rows = [['attention', 'keys', 'values', 'seeds', 'classical (95 %)', 'shifted', 'none']]
     for name, parts in PARAMETRISED.items():
         cells = list(study.of(name).values())
@@ -336,7 +336,7 @@ def classical_claim(label, before, cells, others, where=''):
 
 def late(study):
     """What makes the decoupled form late where its latent is wide."""
-    finding = Finding('Why a wide decoupled latent is late')
+    finding = Finding('Why a wide decoupled latent is late', 'late')
     finding.rows = [['attention', 'recipe', 'seeds', 'formed', 'median iteration',
                      'copies, median (lowest to highest)']]
     groups = [('decoupled16', ''), ('decoupled32', ''), ('decoupled48', ''), ('normed32', ''),
@@ -372,7 +372,7 @@ def late(study):
 
 def surgery(study):
     """How few directions carry it."""
-    finding = Finding('How few directions of what keys and values read are needed')
+    finding = Finding('How few directions of what keys and values read are needed', 'circuits')
     names = [name for name in study.labels if study.surgery.get((name, ''))]
     finding.rows = [['attention', 'layer', 'runs', 'directions read', 'found', 'of most variance',
                      'at random', "patched: says the other's token"]]
@@ -442,7 +442,7 @@ def surgery(study):
 
 def controls(study):
     """What copies and is no induction."""
-    finding = Finding('Copying is not induction')
+    finding = Finding('Copying is not induction', 'controls')
     finding.rows = [['attention', 'task', 'seeds', 'right on its own task', 'copies at other lags',
                      'best head']]
     for variation, task in (('period', 'one period for all'), ('cycle', 'a cycle each')):
@@ -462,7 +462,7 @@ def controls(study):
 
 def variations(study):
     """Whether it depends on what else the models have."""
-    finding = Finding('Does it depend on the recipe')
+    finding = Finding('Does it depend on the recipe', 'recipe')
     finding.rows = [['recipe', 'attention', 'seeds', 'classical', 'shifted',
                      'copies, median (lowest to highest)', 'formed']]
     names = {'mlp': 'with MLPs', 'base10000': 'rotary base 10,000', 'wide': '128 wide',

@@ -19,9 +19,10 @@ fewest that were found. Intervals are 95 %, one by one: of twenty, one is expect
 Several comparisons share the runs of MHA.'''
 
 
-def render(finding, out_dir):
+def render(finding, out_dir, command):
     """The HTML of a finding, whose picture is saved in out_dir too."""
-    parts = [f'<h2>{html.escape(finding.title)}</h2>']
+    parts = [f'<h2>{html.escape(finding.title)}</h2>',
+             f'<p><code>{html.escape(command)} --question={finding.question}</code></p>']
     parts += [f'<p>{html.escape(claim)}</p>' for claim in finding.claims]
     if finding.figure:
         picture = Path(out_dir) / f"{finding.title.lower().replace(' ', '_')}.png"
@@ -54,9 +55,10 @@ def write_report(out_dir, labels, command):
              'td, th { border: 1px solid #ccc; padding: 0.25em 0.6em; text-align: left; }</style>',
              '<h1>What MLA changes inside</h1>',
              f'<p>{sum(seeds)} models. All of this is made again by <code>{html.escape(command)}'
-             '</code>. Numbers in brackets are 95 % intervals.</p>']
+             '</code>, and each part by the command below its title. Numbers in brackets are 95 % '
+             'intervals.</p>']
     for finding in findings_of(study):
-        parts.append(render(finding, out_dir))
+        parts.append(render(finding, out_dir, command))
     parts.append(f'<h2>What this does not show</h2><p>{html.escape(LIMITS)}</p>')
     path = Path(out_dir) / 'report.html'
     path.write_text(PAGE.format(title='What MLA changes inside', body='\n'.join(parts)),

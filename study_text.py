@@ -35,7 +35,7 @@ STEPS = [
 def ladder(study, text):
     """What each step from MLA to DeepSeek's gives on a text, and what a cache or a number of
     parameters is best spent on."""
-    finding = Finding(f'The ladder, on {TEXTS[text]}')
+    finding = Finding(f'The ladder, on {TEXTS[text]}', 'ladder')
     finding.rows = [['attention', 'cached, per token and layer', 'parameters', 'seeds',
                      'bits per byte (95 %)']]
     for name in LADDER:
@@ -75,7 +75,7 @@ def best_in_text(cell):
 
 def in_text(study):
     """Whether induction heads form in a text, and what they do there."""
-    finding = Finding('Induction in a text')
+    finding = Finding('Induction in a text', 'reading')
     finding.rows = [['attention', 'seeds', 'bits per byte (95 %)', 'best head on random tokens',
                      'attention in the text beyond places', 'difference without that head, nats']]
     excess = {}

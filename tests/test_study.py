@@ -337,6 +337,7 @@ def train_for_a_moment(model, x):
 def test_the_presets_hold_each_cell_once_and_the_larger_ones_the_smaller():
     for name, cells in study.PRESETS.items():
         assert len({cell.name for cell in cells}) == len(cells), name
+    assert set(sum(study.QUESTIONS.values(), [])) <= set(study.PRESETS['night'])
     assert set(study.PRESETS['minute']) < set(study.PRESETS['evening']) < set(
         study.PRESETS['night'])
     for cell in study.PRESETS['night']:  # all settings are the trainer's

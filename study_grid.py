@@ -1,0 +1,129 @@
+"""
+What the study trains: attentions, what else can differ from the recipe, and the cells of each
+question. A cell is one model: an attention, a seed and a variation.
+"""
+
+from dataclasses import dataclass
+
+from model import GPT
+from model_mla import GPT_MLA
+from study_controls import control
+from study_findings import SIZES
+from study_text import LADDER, READING, TEXTS
+
+RECIPE = 'config/train_induction.py'
+
+
+@dataclass(frozen=True)
+class Attention:
+    label: str
+    model_class: type = GPT
+    settings: tuple = ()  # pairs of a key of the model and its value
+
+
+def mla(label, n_latent, model_class=GPT_MLA, **settings):
+    return Attention(label, model_class, (('n_latent', n_latent), *settings.items()))
+
+
+DECOUPLED = dict(rotary='decoupled', n_rotary=8)
+ATTENTIONS = {
+    'mha': Attention('MHA'),
+    'gqa': Attention('GQA, 2 heads', settings=(('n_kv_head', 2),)),
+    'mqa': Attention('MQA', settings=(('n_kv_head', 1),)),
+    # 11, 21 and 43 have the parameters of MQA, GQA and MHA
+    **{f'mla{n}': mla(f'MLA {n}', n) for n in (2, 4, 8, 11, 12, 16, 21, 24, 32, 43, 48, 64)},
+    **{f'decoupled{n}': mla(f'MLA {n} decoupled', n, **DECOUPLED) for n in (16, 29, 32, 48)},
+    # which part of the parametrisation matters
+    'separate': mla('MLA 32 + 32 separate', 64, control('trained', 'trained')),
+    'keys': mla('MHA, keys as in MLA 64', 128, control('trained', 'direct')),
+    'values': mla('MHA, values as in MLA 64', 128, control('direct', 'trained')),
+    'rotated': mla('MHA in other axes', 128, control('rotated', 'rotated')),
+    # rungs from MLA to DeepSeek's, of one cache: latent and rotary key are 32 numbers
+    'decoupled24': mla('MLA 24 decoupled', 24, **DECOUPLED),
+    'norm': mla('decoupled, norm', 24, latent_norm=True, **DECOUPLED),
+    'scale': mla('decoupled, norm, scale', 24, latent_norm=True, latent_scale=True, **DECOUPLED),
+    'query': mla('decoupled, norm, scale, query latent', 24, latent_norm=True, latent_scale=True,
+                 n_query_latent=32, **DECOUPLED),
+    # what makes a wide decoupled latent late
+    **{f'normed{n}': mla(f'MLA {n} decoupled, norm', n, latent_norm=True, **DECOUPLED)
+       for n in (32, 48)},
+    'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
+    'mla_learned': mla('MLA 32, learned positions', 32, rotary='none'),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of the study."""
+    attention: str
+    seed: int
+    variation: str = ''  # of VARIATIONS
+
+    @property
+    def name(self):
+        return '-'.join(filter(None, (self.attention, self.variation, str(self.seed))))
+
+    def iterations(self, max_iters):
+        return VARIATIONS[self.variation].get('times', 1) * max_iters
+
+    def arguments(self):
+        """The command line of the trainer."""
+        settings = dict(ATTENTIONS[self.attention].settings) | VARIATIONS[self.variation]
+        return [RECIPE, *(f'--{key}={value}' for key, value in settings.items()
+                          if key not in NOT_THE_TRAINERS), f'--seed={self.seed}']
+
+
+# What is not as the recipe has it. task and vocabulary are those of data/induction/prepare.py.
+# times is of max_iters.
+NOT_THE_TRAINERS = ('task', 'vocabulary', 'dataset', 'times')
+TEXT = dict(mlp=True, block_size=64, batch_size=12, learning_rate=1e-3, lr_schedule='cosine',
+            lr_decay_iters=3000, min_lr=1e-4)
+VARIATIONS = {
+    '': {},
+    'mlp': dict(mlp=True),
+    'base10000': dict(rotary_base=10000.0),
+    'slow': dict(learning_rate=1e-3),
+    'fast': dict(learning_rate=1e-2),
+    **{name: dict(n_head=heads, vocabulary=vocabulary, n_embd=width)
+       for name, (heads, vocabulary, width) in SIZES.items() if name},
+    'period': dict(task='period'),
+    'cycle': dict(task='cycle'),
+    'characters': dict(dataset='shakespeare_char', **TEXT),
+    'plays': dict(dataset='plays', **TEXT),
+    # past T sqrt(B C) tokens, T = 10^5.7, from which induction is said to emerge
+    READING: dict(dataset='plays', mlp=True, block_size=128, batch_size=16, eval_interval=500,
+                  lr_schedule='cosine', lr_decay_iters=12_000, min_lr=3e-4, times=4),
+}
+
+
+def grid(attentions, seeds, variations=('',)):
+    """Cells, seed by seed: what is stopped early has as many seeds of each."""
+    return [Cell(attention, seed, variation) for seed in seeds for variation in variations
+            for attention in attentions]
+
+
+MAIN = ['mha', 'mla32', 'decoupled32']
+OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48']
+LEARNED = ['mha_learned', 'mla_learned']
+CONTROLS = ['separate', 'keys', 'values', 'rotated']
+LEAST = ['mla4', 'mla8', 'mla12', 'mla16', 'mla24', 'mla32']  # tried for the least latent
+QUESTIONS = {
+    # which circuit, when, what first, through how many directions, and whether it is the cause
+    'circuits': [*grid(MAIN + OTHERS, range(1, 21)), *grid(LEARNED, range(1, 6))],
+    'parametrisation': grid(['mha', 'mla64', *CONTROLS], range(1, 21)),
+    'least': [*grid(['mla2', 'mla4', 'mla8', 'mla12'], range(1, 11)),
+              *grid(LEAST, range(1, 3), SIZES)],
+    'late': [*grid(['decoupled16', 'decoupled32', 'decoupled48', 'normed32', 'normed48'],
+                   range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow'])],
+    'recipe': grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow', 'fast']),
+    'controls': grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle']),
+    'ladder': grid(LADDER, range(1, 6), TEXTS),
+    'reading': grid(MAIN, range(1, 4), [READING]),
+}
+PRESETS = {
+    'minute': grid(['mha', 'decoupled32'], [1]),
+    'evening': [*grid(MAIN, range(1, 11)), *grid([*OTHERS, 'separate'], range(1, 6)),
+                *grid(LEARNED, [1, 2]), *grid(['mla2', 'mla4', 'mla8'], range(1, 4)),
+                *grid(['mha_learned', 'mha'], [1], ['period', 'cycle'])],
+}
+PRESETS['night'] = [*dict.fromkeys([*PRESETS['evening'], *sum(QUESTIONS.values(), [])])]
