@@ -34,7 +34,7 @@ from runtime.checkpoint import save_checkpoint
 from runtime.dataset import open_data, write_splits
 from runtime.tokenizer import make_tokenizer
 from study_controls import control
-from study_text import ladder
+from study_text import in_text, ladder
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -269,6 +269,29 @@ def test_the_ladder_says_whether_a_published_sign_comes_out():
     assert decoupled.startswith('No difference seen') and decoupled.endswith('cannot be told here.')
 
 
+def reader(excess, random, alone):
+    """A cell whose best head in a text is 1.1."""
+    attention = np.full((2, 2), 0.1)
+    attention[1, 1], attention[0, 0] = 0.1 + excess, 0.9  # a first layer does no induction
+    return {'bits_per_byte': 2.0, 'in_text': {
+        'attention': attention.tolist(), 'expected': [[0.1, 0.1], [0.1, 0.1]],
+        'random': [[0.99, 0.0], [random, 0.0]], 'alone': [[9.0, 9.0], [9.0, alone]]}}
+
+
+def test_what_heads_do_in_a_text():
+    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
+    cells = {('mha', 'reading'): {i: reader(0.3 + i / 100, 0.8, 0.5 + i / 100) for i in range(3)},
+             ('mla32', 'reading'): {i: reader(0.01 * i, 0.1, i - 1.0) for i in range(3)}}
+    finding = in_text(study_cells.Study(cells, {}, labels))
+    formed, attends, needed, *others = finding.claims
+    assert formed.startswith('On random tokens MHA has a head above 0.4 in 3 of 3 runs')
+    assert 'more than its mean pattern' in attends and '+0.310' in attends
+    assert needed.startswith('Repeats need that head of MHA') and '+0.510' in needed
+    assert 'in 0 of 3 runs; the best head scores 0.100' in others[0]
+    assert all(claim.startswith('No difference seen') for claim in others[1:3])
+    assert others[3].startswith('MLA 32 attends less to what followed') and '-0.300' in others[3]
+
+
 def test_the_report_is_one_page(tmp_path):
     for name, found in (('mha', cell('shifted', shift=4)), ('decoupled32', cell())):
         for seed in range(4):
@@ -415,7 +438,7 @@ def test_nothing_is_reported_of_nothing(program, tmp_path):
 @pytest.mark.parametrize('args, words', [
     (['--preset=noon'], "preset='noon'"), (['--workers=-1'], 'workers=-1'),
     (['--out_dir='], 'empty'), (['--out_dir=/proc/none'], 'cannot be written to'),
-    (['--max_iters=0'], 'max_iters=0')])
+    (['--max_iters=0'], 'max_iters=0'), (['--question=least'], 'take --preset=night')])
 def test_bad_settings(args, words, program):
     code, _, err = program(study.main, *args)
     assert code == 2 and words in err and err.count('\n') == 1
