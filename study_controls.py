@@ -1,8 +1,9 @@
 """
-Controls of the study: models that have one of the things in which MLA differs from MHA and lack the
-others. Each computes what a GPT_MLA of the same weights does, so its checkpoint is one of those.
+Controls of the study. Each computes what a GPT_MLA of the same weights does, so its checkpoint is
+one of those.
 
-The latent of a control has two halves. Keys read the first and values the second, so they share
+SeparateLatents has one of the things in which MLA differs from MHA and lacks the others. Its latent
+has two halves. Keys read the first and values the second, so they share
 nothing. A half of n_embd numbers limits no rank either. Then MLA and MHA differ in how their maps
 are parametrised alone, half by half:
 
@@ -45,6 +46,20 @@ class SeparateLatents(MultiLatentAttention):
             self.latent_enc.weight.copy_(
                 self.drawn.where(self.is_held, self.latent_enc.weight))
         return super().remembered(x, start)
+
+
+class LoudRotaryKey(MultiLatentAttention):
+    """Starts with a rotary key whose numbers are as large as those of the input, six times what
+    they are otherwise."""
+
+    def init_weights(self):
+        super().init_weights()
+        n_embd = self.latent_enc.in_features
+        nn.init.normal_(self.latent_enc.weight[self.n_latent:], std=n_embd ** -0.5)
+
+
+class GPT_LoudRotaryKey(GPT_MLA):
+    attention_class = LoudRotaryKey
 
 
 def control(keys, values):

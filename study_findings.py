@@ -334,36 +334,42 @@ def classical_claim(label, before, cells, others, where=''):
                     f'{before} does', '{:+.0%}')
 
 
+RECIPES = {'': 'as it is', 'mlp': 'with MLPs', 'mlp_slow': 'with MLPs, learning rate 1e-3',
+           'base10000': 'rotary base 10,000', 'wide': '128 wide', 'slow': 'learning rate 1e-3',
+           'fast': 'learning rate 1e-2'}
+LATE = [  # (attention, recipe), and those with which it is compared
+    (('decoupled16', ''), None), (('decoupled32', ''), None),
+    (('decoupled48', ''), ('decoupled16', '')), (('normed48', ''), ('decoupled48', '')),
+    (('loud48', ''), ('decoupled48', '')), (('decoupled48', 'slow'), ('decoupled48', '')),
+    (('decoupled48', 'wide'), ('decoupled48', '')), (('normed32', ''), ('decoupled32', '')),
+    (('decoupled16', 'mlp'), ('decoupled16', '')), (('normed16', 'mlp'), ('decoupled16', 'mlp')),
+    (('decoupled16', 'mlp_slow'), ('decoupled16', 'mlp'))]
+
+
 def late(study):
-    """What makes the decoupled form late where its latent is wide."""
-    finding = Finding('Why a wide decoupled latent is late', 'late')
+    """What makes the decoupled form late, where its latent is wide and where there are MLPs."""
+    finding = Finding('When decoupled MLA is late', 'late')
     finding.rows = [['attention', 'recipe', 'seeds', 'formed', 'median iteration',
                      'copies, median (lowest to highest)']]
-    groups = [('decoupled16', ''), ('decoupled32', ''), ('decoupled48', ''), ('normed32', ''),
-              ('normed48', ''), ('decoupled48', 'slow')]
     times = {}
-    for name, variation in groups:
-        cells = study.of(name, variation)
+    for one, other in LATE:
+        cells = study.of(*one)
         if not cells:
             continue
-        times[name, variation] = {seed: emergence(c) for seed, c in cells.items()}
-        found = survival([*times[name, variation].values()],
-                         [c['max_iters'] for c in cells.values()])
+        times[one] = {seed: emergence(c) for seed, c in cells.items()}
+        found = survival([*times[one].values()], [c['max_iters'] for c in cells.values()])
         finding.rows.append([
-            study.labels[name], 'learning rate 1e-3' if variation else 'as it is', len(cells),
-            found.events, f'{found.median:,.0f}' if math.isfinite(found.median) else 'not reached',
+            study.labels[one[0]], RECIPES[one[1]], len(cells), found.events,
+            f'{found.median:,.0f}' if math.isfinite(found.median) else 'not reached',
             spread([c['circuit']['accuracy'] for c in cells.values()])])
-    for name, variation, other in (('decoupled48', '', 'decoupled16'),
-                                   ('normed48', '', 'decoupled48'), ('normed32', '', 'decoupled32'),
-                                   ('decoupled48', 'slow', 'decoupled48')):
-        a, b = times.get((name, variation), {}), times.get((other, ''), {})
-        seeds = sorted(a.keys() & b.keys())
+        seeds = sorted(times[one].keys() & times.get(other, {}).keys())
         if len(seeds) < PAIRS:
             continue
-        label = study.labels[name] + (' at learning rate 1e-3' if variation else '')
-        before = study.labels[other]
+        label, before = (study.labels[name] + f', {RECIPES[recipe]}' * bool(recipe)
+                         for name, recipe in (one, other))
         finding.claims.append(compared(
-            paired_shares(*([t[seed] is not None for seed in seeds] for t in (a, b))),
+            paired_shares(*([times[which][seed] is not None for seed in seeds]
+                            for which in (one, other))),
             f'{label} forms induction more often than {before}',
             f'{label} forms induction less often than {before}',
             f'how often {label} forms induction less how often {before} does', '{:+.0%}'))
@@ -465,9 +471,8 @@ def variations(study):
     finding = Finding('Does it depend on the recipe', 'recipe')
     finding.rows = [['recipe', 'attention', 'seeds', 'classical', 'shifted',
                      'copies, median (lowest to highest)', 'formed']]
-    names = {'mlp': 'with MLPs', 'base10000': 'rotary base 10,000', 'wide': '128 wide',
-             'slow': 'learning rate 1e-3', 'fast': 'learning rate 1e-2'}
-    for variation, text in names.items():
+    for variation in ('mlp', 'base10000', 'wide', 'slow', 'fast'):
+        text = RECIPES[variation]
         for name in study.present(variation):
             cells = list(study.of(name, variation).values())
             kinds = [c['circuit']['algorithm'] for c in cells]

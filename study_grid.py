@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from model import GPT
 from model_mla import GPT_MLA
-from study_controls import control
+from study_controls import GPT_LoudRotaryKey, control
 from study_findings import SIZES
 from study_text import LADDER, READING, TEXTS
 
@@ -46,7 +46,8 @@ ATTENTIONS = {
                  n_query_latent=32, **DECOUPLED),
     # what makes a wide decoupled latent late
     **{f'normed{n}': mla(f'MLA {n} decoupled, norm', n, latent_norm=True, **DECOUPLED)
-       for n in (32, 48)},
+       for n in (16, 32, 48)},
+    'loud48': mla('MLA 48 decoupled, large rotary key', 48, GPT_LoudRotaryKey, **DECOUPLED),
     'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
     'mla_learned': mla('MLA 32, learned positions', 32, rotary='none'),
 }
@@ -82,6 +83,7 @@ VARIATIONS = {
     '': {},
     'mlp': dict(mlp=True),
     'base10000': dict(rotary_base=10000.0),
+    'mlp_slow': dict(mlp=True, learning_rate=1e-3),
     'slow': dict(learning_rate=1e-3),
     'fast': dict(learning_rate=1e-2),
     **{name: dict(n_head=heads, vocabulary=vocabulary, n_embd=width)
@@ -113,8 +115,10 @@ QUESTIONS = {
     'parametrisation': grid(['mha', 'mla64', *CONTROLS], range(1, 21)),
     'least': [*grid(['mla2', 'mla4', 'mla8', 'mla12'], range(1, 11)),
               *grid(LEAST, range(1, 3), SIZES)],
-    'late': [*grid(['decoupled16', 'decoupled32', 'decoupled48', 'normed32', 'normed48'],
-                   range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow'])],
+    'late': [*grid(['decoupled16', 'decoupled32', 'decoupled48', 'normed32', 'normed48', 'loud48'],
+                   range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow', 'wide']),
+             *grid(['decoupled16', 'normed16'], range(1, 6), ['mlp']),
+             *grid(['decoupled16'], range(1, 6), ['mlp_slow'])],
     'recipe': grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow', 'fast']),
     'controls': grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle']),
     'ladder': grid(LADDER, range(1, 6), TEXTS),

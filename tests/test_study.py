@@ -33,7 +33,7 @@ from runtime.batches import TRAINING, Batches
 from runtime.checkpoint import save_checkpoint
 from runtime.dataset import open_data, write_splits
 from runtime.tokenizer import make_tokenizer
-from study_controls import control
+from study_controls import GPT_LoudRotaryKey, control
 from study_text import in_text, ladder
 from train import TrainConfig
 
@@ -347,6 +347,16 @@ def test_the_control_without_latents_learns_as_mha():
     for one in (model, mha):
         train_for_a_moment(one, x)
     assert torch.allclose(model.eval()(x[:, :16])[0], mha.eval()(x[:, :16])[0], atol=1e-5)
+
+
+def test_the_control_with_a_large_rotary_key_starts_so():
+    torch.manual_seed(0)
+    config = MLAConfig(block_size=16, vocab_size=20, n_layer=1, n_head=4, n_embd=64, n_latent=48,
+                       rotary='decoupled', n_rotary=8, bias=False)
+    for model_class, std in ((GPT_MLA, 0.02), (GPT_LoudRotaryKey, 64 ** -0.5)):
+        W = model_class(config).transformer.h[0].attn.latent_enc.weight
+        assert W[48:].std().item() == pytest.approx(std, rel=0.15)
+        assert W[:48].std().item() == pytest.approx(48 ** -0.5, rel=0.1)
 
 
 def train_for_a_moment(model, x):
