@@ -17,6 +17,7 @@ ALGORITHMS = {'classical': '#0072B2', 'shifted': '#E69F00', 'unnamed': '#999999'
 STYLES = [('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#000000', ':')]  # of curves
 CURVES = ('mha', 'mla32', 'decoupled32')  # more could not be told apart; the tables have all
 FORMED = 0.4  # attention of a head at its best shift from which induction has formed
+NOTHING = 'No difference seen'
 PAIRS = 3  # pairs of seeds from which a difference is spoken of
 
 
@@ -84,7 +85,7 @@ def copies_well(cell):
 def compared(estimate, more, less, same, form='{:+.2f}', of='pairs of seeds'):
     """The sentence that an Estimate of a difference allows, with its numbers. Its interval decides
     which of three it is."""
-    sentence = {1: more, -1: less, 0: f'No difference seen: {same}'}[estimate.sign()]
+    sentence = {1: more, -1: less, 0: f'{NOTHING}: {same}'}[estimate.sign()]
     return f'{sentence}: {estimate.text(form)}, {estimate.n} {of}.'
 
 

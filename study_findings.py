@@ -92,7 +92,7 @@ def algorithms(study):
     for name in names:
         mha, other = study.pairs('mha', name)
         if name not in PARAMETRISED and len(mha) >= PAIRS:
-            finding.claims.append(classical_claim(study.labels[name], 'MHA', other, mha))
+            finding.claims += circuit_claims(study.labels[name], 'MHA', other, mha)
     return finding
 
 
@@ -309,29 +309,29 @@ def parametrisation(study):
             continue
         kinds = [c['circuit']['algorithm'] for c in cells]
         finding.rows.append([
-            study.labels[name], *parts, len(cells), share(are_classical(cells)).text('{:.0%}'),
+            study.labels[name], *parts, len(cells), share([kind == 'classical' for kind in kinds]).text('{:.0%}'),
             kinds.count('shifted'), kinds.count('none')])
         mha, other = study.pairs('mha', name)
         if name != 'mha' and len(mha) >= PAIRS:
-            finding.claims.append(classical_claim(study.labels[name], 'MHA', other, mha))
+            finding.claims += circuit_claims(study.labels[name], 'MHA', other, mha)
     keys, values = study.pairs('keys', 'values')
     if len(keys) >= PAIRS:
-        finding.claims.append(classical_claim(*(study.labels[name] for name in ('keys', 'values')),
-                                              keys, values))
+        finding.claims += circuit_claims(study.labels['keys'], study.labels['values'], keys, values)
     return finding
 
 
-def are_classical(cells):
-    return [is_classical(cell) for cell in cells]
-
-
-def classical_claim(label, before, cells, others, where=''):
-    """The sentence on how often two attentions, of paired cells, are classical."""
-    return compared(paired_shares(are_classical(cells), are_classical(others)),
-                    f'{where}{label} ends in the classical circuit more often than {before}',
-                    f'{where}{label} ends in the classical circuit less often than {before}',
-                    f'{where}how often {label} ends in the classical circuit less how often '
-                    f'{before} does', '{:+.0%}')
+def circuit_claims(label, before, cells, others, where=''):
+    """The sentences on how often two attentions, of paired cells, end in each circuit."""
+    claims = []
+    for kind in ('classical', 'shifted'):
+        ends = paired_shares(*([c['circuit']['algorithm'] == kind for c in of]
+                               for of in (cells, others)))
+        circuit = ('the classical circuit' if kind == 'classical' else 'a shifted one') + where
+        claims.append(compared(ends, f'{label} ends in {circuit} more often than {before}',
+                               f'{label} ends in {circuit} less often than {before}',
+                               f'how often {label} ends in {circuit} less how often {before} does',
+                               '{:+.0%}'))
+    return claims
 
 
 RECIPES = {'': 'as it is', 'mlp': 'with MLPs', 'mlp_slow': 'with MLPs, learning rate 1e-3',
@@ -482,8 +482,8 @@ def variations(study):
                 sum(emergence(c) is not None for c in cells)])
             mha, other = study.pairs('mha', name, variation)
             if name != 'mha' and len(mha) >= PAIRS:
-                finding.claims.append(classical_claim(study.labels[name], 'MHA', other, mha,
-                                                      f'{text}: '))
+                finding.claims += circuit_claims(study.labels[name], 'MHA', other, mha,
+                                                 f' ({text})')
     return finding
 
 

@@ -8,7 +8,7 @@ import html
 from pathlib import Path
 
 from analysis.report import PAGE
-from study_cells import read_study
+from study_cells import NOTHING, read_study
 from study_findings import FINDINGS, learning
 from study_text import TEXTS, in_text, ladder
 
@@ -23,7 +23,10 @@ def render(finding, out_dir, command):
     """The HTML of a finding, whose picture is saved in out_dir too."""
     parts = [f'<h2>{html.escape(finding.title)}</h2>',
              f'<p><code>{html.escape(command)} --question={finding.question}</code></p>']
-    parts += [f'<p>{html.escape(claim)}</p>' for claim in finding.claims]
+    # what differs comes first
+    for claim in sorted(finding.claims, key=lambda claim: claim.startswith(NOTHING)):
+        look = ' class="nothing"' * claim.startswith(NOTHING)
+        parts.append(f'<p{look}>{html.escape(claim)}</p>')
     if finding.figure:
         picture = Path(out_dir) / f"{finding.title.lower().replace(' ', '_')}.png"
         finding.figure.savefig(picture, dpi=110)
@@ -52,7 +55,8 @@ def write_report(out_dir, labels, command):
     study = read_study(out_dir, labels)
     seeds = [len(runs) for runs in study.cells.values()]
     parts = ['<style>table { border-collapse: collapse; margin: 1em 0; font-size: 0.85em; } '
-             'td, th { border: 1px solid #ccc; padding: 0.25em 0.6em; text-align: left; }</style>',
+             'td, th { border: 1px solid #ccc; padding: 0.25em 0.6em; text-align: left; } '
+             '.nothing { color: #555; font-size: 0.9em; margin: 0.3em 0; }</style>',
              '<h1>What MLA changes inside</h1>',
              f'<p>{sum(seeds)} models. All of this is made again by <code>{html.escape(command)}'
              '</code>, and each part by the command below its title. Numbers in brackets are 95 % '
