@@ -302,15 +302,17 @@ PARAMETRISED = {  # control: what keys are, what values are
 def parametrisation(study):
     """What in MLA makes the circuit classical, by controls that have one thing of it."""
     finding = Finding('What makes MLA classical', 'parametrisation')
-    finding.rows = [['attention', 'keys', 'values', 'seeds', 'classical (95 %)', 'shifted', 'none']]
+    finding.rows = [['attention', 'keys', 'values', 'seeds', 'classical (95 %)', 'shifted',
+                     'unnamed', 'none']]
     for name, parts in PARAMETRISED.items():
         cells = list(study.of(name).values())
         if not cells:
             continue
         kinds = [c['circuit']['algorithm'] for c in cells]
         finding.rows.append([
-            study.labels[name], *parts, len(cells), share([kind == 'classical' for kind in kinds]).text('{:.0%}'),
-            kinds.count('shifted'), kinds.count('none')])
+            study.labels[name], *parts, len(cells),
+            share([kind == 'classical' for kind in kinds]).text('{:.0%}'),
+            kinds.count('shifted'), kinds.count('unnamed'), kinds.count('none')])
         mha, other = study.pairs('mha', name)
         if name != 'mha' and len(mha) >= PAIRS:
             finding.claims += circuit_claims(study.labels[name], 'MHA', other, mha)
