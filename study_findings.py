@@ -227,7 +227,7 @@ def latent(study):
         finding.rows.append([study.labels[name], len(cells), copies.text('{:.0%}'),
                              sum(emergence(c) is not None for c in cells),
                              f"{np.median([c['circuit']['accuracy'] for c in cells]):.3f}"])
-        if copies.value > 0.5:
+        if copies.value > 0.5 and len(cells) >= PAIRS:
             least.setdefault(kind, (study.labels[name], len(cells)))
     for kind, (label, n) in least.items():
         finding.claims.append(f'The smallest latent tried with which most runs copy within the '
@@ -241,20 +241,22 @@ SIZES = {'': (4, 64, 64), 'heads2': (2, 64, 64), 'heads8': (8, 64, 64),
          'narrow': (4, 64, 32), 'wide': (4, 64, 128)}
 
 
+LEAST = (4, 8, 12, 16, 24, 32)  # latents that are tried for the least one
+
+
 def least_latents(study, size):
-    """Of each seed of a size: (the largest latent tried below the least one that copies, that
-    one), or None where the least one that was tried copies or none does."""
+    """Of each seed of a size with which four of LEAST or more were tried: (the largest latent below
+    the least one that copies, that one), or None where all copy or none does."""
     found = {}
-    for name in study.labels:
-        width = name.removeprefix('mla')
-        if width.isdigit():
-            for seed, cell in study.of(name, size).items():
-                found.setdefault(seed, {})[int(width)] = copies_well(cell)
+    for n in LEAST:
+        for seed, cell in study.of(f'mla{n}', size).items():
+            found.setdefault(seed, {})[n] = copies_well(cell)
     ends = {}
     for seed, copies in found.items():
         right = min((n for n, well in copies.items() if well), default=math.inf)
         below = max((n for n in copies if n < right), default=0)
-        ends[seed] = (below, right) if 0 < below < right < math.inf else None
+        if len(copies) >= 4:
+            ends[seed] = (below, right) if 0 < below < right < math.inf else None
     return ends
 
 

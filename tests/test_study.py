@@ -251,7 +251,9 @@ def test_the_law_of_the_least_latent():
     assert heads.startswith('No difference seen') and width.startswith('No difference seen')
     assert vocabulary.startswith('The least latent grows with the vocabulary, as its power: +0.')
     assert fitted.startswith('The fitted law is')
-    unknown = study_cells.Study({('mla4', ''): {1: cell(), 2: cell(algorithm='none')}}, {}, labels)
+    unknown = study_cells.Study({(f'mla{n}', ''): {1: cell(), 2: cell(algorithm='none'),
+                                                   **({3: cell()} if n > 8 else {})}
+                                 for n in (4, 8, 12, 16, 24)}, {}, labels)
     assert study_findings.least_latents(unknown, '') == {1: None, 2: None}
     assert study_findings.law(unknown).claims == []
 
