@@ -238,7 +238,8 @@ def latent(study):
 # variation: its heads, its vocabulary, its width; '' is the recipe
 SIZES = {'': (4, 64, 64), 'heads2': (2, 64, 64), 'heads8': (8, 64, 64),
          'vocabulary16': (4, 16, 64), 'vocabulary256': (4, 256, 64),
-         'narrow': (4, 64, 32), 'wide': (4, 64, 128)}
+         'vocabulary1024': (4, 1024, 64),
+         'narrow': (4, 64, 32), 'width96': (4, 64, 96), 'wide': (4, 64, 128)}
 
 
 LEAST = (4, 8, 12, 16, 24, 32)  # latents that are tried for the least one
