@@ -235,11 +235,13 @@ def latent(study):
     return finding
 
 
-# variation: its heads, its vocabulary, its width; '' is the recipe
+FACTORS = ('number of heads', 'vocabulary', 'width')
+# variation: its FACTORS; '' is the recipe
 SIZES = {'': (4, 64, 64), 'heads2': (2, 64, 64), 'heads8': (8, 64, 64),
          'vocabulary16': (4, 16, 64), 'vocabulary256': (4, 256, 64),
          'vocabulary1024': (4, 1024, 64),
-         'narrow': (4, 64, 32), 'width96': (4, 64, 96), 'wide': (4, 64, 128)}
+         'narrow': (4, 64, 32), 'width96': (4, 64, 96), 'wide': (4, 64, 128),
+         'wide_slow': (4, 64, 128)}  # at half the learning rate
 
 
 LEAST = (4, 8, 12, 16, 24, 32)  # latents that are tried for the least one
@@ -264,30 +266,34 @@ def least_latents(study, size):
 def law(study):
     """How the least latent depends on heads, vocabulary and width."""
     finding = Finding('What the least latent depends on', 'least')
-    finding.rows = [['heads', 'vocabulary', 'width', 'seeds', 'least n_latent that copies',
-                     'not known']]
+    finding.rows = [[*FACTORS, 'seeds', 'least n_latent that copies', 'not known', 'MHA copies in']]
     sizes, least = [], []
     for size, shape in SIZES.items():
         ends = least_latents(study, size)
-        known = [pair for pair in ends.values() if pair]
-        if len(ends) < 2:
+        if not ends:
             continue
+        known = [pair for pair in ends.values() if pair]
         spans = sorted({f'{below + 1} to {right}' for below, right in known})
-        finding.rows.append([*shape, len(ends), '; '.join(spans) or '-', len(ends) - len(known)])
+        mha = [copies_well(cell) for cell in study.of('mha', size).values()]
+        finding.rows.append([*shape, len(ends), '; '.join(spans) or '-', len(ends) - len(known),
+                             f'{sum(mha)} of {len(mha)}'])
         sizes += [np.log2(shape)] * len(known)
         least += [math.log2(math.sqrt(below * right)) for below, right in known]
+    varied = [i for i, column in enumerate(zip(*sizes)) if len(set(column)) > 1]
+    for i in set(range(len(FACTORS))) - set(varied) if sizes else ():
+        finding.claims.append(f'How the least latent depends on the {FACTORS[i]} is not known: it '
+                              f'is known for one alone.')
     try:
-        slopes, intercept, left = least_squares(np.array(sizes), np.array(least))
-    except ValueError:
+        slopes, intercept, left = least_squares(np.array(sizes)[:, varied], np.array(least))
+    except (ValueError, IndexError):
         return finding
-    for slope, factor in zip(slopes, ('the number of heads', 'the vocabulary', 'the width')):
+    for slope, i in zip(slopes, varied):
         finding.claims.append(compared(
-            slope, f'The least latent grows with {factor}, as its power',
-            f'The least latent falls with {factor}, as its power',
-            f'the power of {factor} in the least latent', '{:+.2f}', 'runs'))
+            slope, f'The least latent grows with the {FACTORS[i]}, as its power',
+            f'The least latent falls with the {FACTORS[i]}, as its power',
+            f'the power of the {FACTORS[i]} in the least latent', '{:+.2f}', 'runs'))
     if any(slope.sign() for slope in slopes):
-        formula = ' x '.join(f'{factor}^{slope.value:.2f}' for factor, slope in
-                             zip(('heads', 'vocabulary', 'width'), slopes))
+        formula = ' x '.join(f'{FACTORS[i]}^{slope.value:.2f}' for slope, i in zip(slopes, varied))
         finding.claims.append(
             f'The fitted law is n_latent = {2 ** intercept:.2f} x {formula}. Two thirds of the '
             f'runs lie within a factor of {2 ** left:.2f}, {len(least)} runs.')

@@ -88,6 +88,7 @@ VARIATIONS = {
     'fast': dict(learning_rate=1e-2),
     **{name: dict(n_head=heads, vocabulary=vocabulary, n_embd=width)
        for name, (heads, vocabulary, width) in SIZES.items() if name},
+    'wide_slow': dict(n_embd=128, learning_rate=1.5e-3),
     'period': dict(task='period'),
     'cycle': dict(task='cycle'),
     'characters': dict(dataset='shakespeare_char', **TEXT),
@@ -113,7 +114,7 @@ QUESTIONS = {
     'circuits': [*grid(MAIN + OTHERS, range(1, 21)), *grid(LEARNED, range(1, 6))],
     'parametrisation': grid(['mha', 'mla64', *CONTROLS], range(1, 21)),
     'least': [*grid(['mla2', 'mla4', 'mla8', 'mla12'], range(1, 11)),
-              *grid([f'mla{n}' for n in LEAST], range(1, 3), SIZES)],
+              *grid(['mha', *(f'mla{n}' for n in LEAST)], range(1, 3), SIZES)],
     'late': [*grid(['decoupled16', 'decoupled32', 'decoupled48', 'normed32', 'normed48', 'loud48'],
                    range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow', 'wide']),
              *grid(['decoupled16', 'normed16'], range(1, 6), ['mlp']),

@@ -256,6 +256,9 @@ def test_the_law_of_the_least_latent():
                                  for n in (4, 8, 12, 16, 24)}, {}, labels)
     assert study_findings.least_latents(unknown, '') == {1: None, 2: None}
     assert study_findings.law(unknown).claims == []
+    one_size = study_cells.Study({key: of for key, of in cells.items() if key[1] == ''}, {}, labels)
+    claims = study_findings.law(one_size).claims
+    assert len(claims) == 3 and all('is not known' in claim for claim in claims)
 
 
 def test_the_ladder_says_whether_a_published_sign_comes_out():
