@@ -285,7 +285,9 @@ def law(study):
                               f'is known for one alone.')
     try:
         slopes, intercept, left = least_squares(np.array(sizes)[:, varied], np.array(least))
-    except (ValueError, IndexError):
+    except (ValueError, IndexError):  # too few
+        slopes = []
+    if not slopes:
         return finding
     for slope, i in zip(slopes, varied):
         finding.claims.append(compared(

@@ -454,7 +454,7 @@ def test_nothing_is_reported_of_nothing(program, tmp_path):
 @pytest.mark.parametrize('args, words', [
     (['--preset=noon'], "preset='noon'"), (['--workers=-1'], 'workers=-1'),
     (['--out_dir='], 'empty'), (['--out_dir=/proc/none'], 'cannot be written to'),
-    (['--max_iters=0'], 'max_iters=0'), (['--question=least'], 'take --preset=night')])
+    (['--max_iters=0'], 'max_iters=0'), (['--question=ladder'], 'take --preset=night')])
 def test_bad_settings(args, words, program):
     code, _, err = program(study.main, *args)
     assert code == 2 and words in err and err.count('\n') == 1
