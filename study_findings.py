@@ -244,7 +244,7 @@ SIZES = {'': (4, 64, 64), 'heads2': (2, 64, 64), 'heads8': (8, 64, 64),
          'wide_slow': (4, 64, 128)}  # at half the learning rate
 
 
-LEAST = (4, 8, 12, 16, 24, 32)  # latents that are tried for the least one
+LEAST = (4, 8, 12, 16, 24, 32, 48, 64)  # latents that are tried for the least one
 
 
 def least_latents(study, size):
@@ -277,6 +277,13 @@ def law(study):
         mha = [copies_well(cell) for cell in study.of('mha', size).values()]
         finding.rows.append([*shape, len(ends), '; '.join(spans) or '-', len(ends) - len(known),
                              f'{sum(mha)} of {len(mha)}'])
+        tried = [n for n in LEAST if study.of(f'mla{n}', size)]
+        if mha and all(mha) and not any(
+                copies_well(cell) for n in tried for cell in study.of(f'mla{n}', size).values()):
+            settings = ', '.join(f'{name} {n}' for name, n in zip(FACTORS, shape))
+            finding.claims.append(f'With {settings} MHA copies within the iterations, and MLA with '
+                                  f'n_latent {tried[0]} to {tried[-1]} does not; {len(mha)} and '
+                                  f'{len(ends)} seeds.')
         sizes += [np.log2(shape)] * len(known)
         least += [math.log2(math.sqrt(below * right)) for below, right in known]
     varied = [i for i, column in enumerate(zip(*sizes)) if len(set(column)) > 1]
