@@ -278,7 +278,7 @@ def law(study):
         finding.rows.append([*shape, len(ends), '; '.join(spans) or '-', len(ends) - len(known),
                              f'{sum(mha)} of {len(mha)}'])
         tried = [n for n in LEAST if study.of(f'mla{n}', size)]
-        if mha and all(mha) and not any(
+        if min(len(mha), len(ends)) >= PAIRS and all(mha) and not any(
                 copies_well(cell) for n in tried for cell in study.of(f'mla{n}', size).values()):
             settings = ', '.join(f'{name} {n}' for name, n in zip(FACTORS, shape))
             finding.claims.append(f'With {settings} MHA copies within the iterations, and MLA with '

@@ -256,11 +256,12 @@ def test_the_law_of_the_least_latent():
                                  for n in (4, 8, 12, 16, 24)}, {}, labels)
     assert study_findings.least_latents(unknown, '') == {1: None, 2: None}
     assert study_findings.law(unknown).claims == []
-    none = study_cells.Study({('mha', 'wide'): {1: cell()}, **{
-        (f'mla{n}', 'wide'): {1: cell(algorithm='none')} for n in (8, 12, 16, 24)}}, {}, labels)
+    none = study_cells.Study({('mha', 'wide'): {seed: cell() for seed in range(3)}, **{
+        (f'mla{n}', 'wide'): {seed: cell(algorithm='none') for seed in range(3)}
+        for n in (8, 12, 16, 24)}}, {}, labels)
     claim, = study_findings.law(none).claims
     assert claim == ('With number of heads 4, vocabulary 64, width 128 MHA copies within the '
-                     'iterations, and MLA with n_latent 8 to 24 does not; 1 and 1 seeds.')
+                     'iterations, and MLA with n_latent 8 to 24 does not; 3 and 3 seeds.')
     one_size = study_cells.Study({key: of for key, of in cells.items() if key[1] == ''}, {}, labels)
     claims = study_findings.law(one_size).claims
     assert len(claims) == 3 and all('is not known' in claim for claim in claims)
