@@ -37,7 +37,7 @@ import torch
 
 from analysis.ablation import mean_outputs
 from analysis.induction_circuit import names_of, without
-from analysis.induction_heads import best_shifts, copies_with_lags, shift_scores
+from analysis.induction_heads import best_shifts, copies_with_lags, copy_length, shift_scores
 from analysis.plots import Panel, draw_panels, field_maps, symmetric
 from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import final_stream, record
@@ -106,7 +106,8 @@ def attention_to(model, windows):
             patterns[block.layer] = patterns[block.layer] + pattern.sum(0).double()
     n = sum(len(idx) for idx in windows)
     expected = torch.stack([(pattern / n * weights).sum((-2, -1)) for pattern in patterns])
-    return (found / weights.sum()).numpy(), (expected / weights.sum()).cpu().numpy()
+    total = weights.sum().item()
+    return (found / total).numpy(), (expected / total).cpu().numpy()
 
 
 def kind_of(text):
@@ -183,6 +184,7 @@ def most_helped(targets, rise, tokenizer):
 
 def analyse(subject, config):
     model, c = subject.model, subject.model.config
+    copy_length(model, 2)  # raises where no two copies fit
     copies = copies_with_lags(model, subject.n_vocab, config.sequences, config.seed)
     random = best_shifts(shift_scores(subject, copies))[1]
     named = [head for head in top_heads(random, threshold=config.threshold) if head[0] > 0]

@@ -479,6 +479,13 @@ def test_errors_are_those_of_draws():
     assert (means['repeat'] - means['elsewhere']).mean() < -0.2  # which other tokens make
 
 
+def test_a_context_without_room_for_copies_is_refused(stretches):
+    model = tiny_model(GPT, block_size=3, vocab_size=40)
+    with pytest.raises(UserError, match='block_size=3 has no room'):
+        induction_in_text.analyse(Subject(model, make_tokenizer(CHARACTERS[:40]), stretches, 'a'),
+                                  induction_in_text.Config())
+
+
 @pytest.mark.parametrize('text, kind', [(' the', 'begins a word'), ('ing', 'in a word'),
                                         ('HAM', 'capitals'), (':\n', 'line break'), (',', 'other'),
                                         ('I', 'in a word'), (' ', 'other')])
