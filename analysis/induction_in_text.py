@@ -253,7 +253,7 @@ def plot(results):
               0, 1),
         Panel('at the best shift, on random tokens', field_maps(results, 'random'),
               'mean attention', 0, 1),
-        Panel('without the head: difference', alone, 'nats', -end, end,
+        Panel('loss of repeats without the head, less elsewhere', alone, 'nats', -end, end,
               'RdBu_r')])
 
 
