@@ -68,6 +68,8 @@ NOT_RUN = {  # commands that the test of a page does not run, and why
     'python study.py --preset=minute': 'takes minutes; ' + TESTED + 'tests/test_study.py',
     'python study.py --preset=evening': 'takes an hour; ' + TESTED + 'tests/test_study.py',
     'python study.py --preset=night': 'takes a night; ' + TESTED + 'tests/test_study.py',
+    'python study.py --preset=night --question=least': 'takes hours; ' + TESTED +
+        'tests/test_study.py',
     'python study_check.py out_study': 'needs a study; ' + TESTED + 'tests/test_study.py',
     'python -m analysis.development out_induction/ckpt.pt': 'needs a long run; ' + TESTED +
         'tests/test_circuits_that_copy.py',
