@@ -43,9 +43,7 @@ class Study:
 
     def pairs(self, one, other, variation=''):
         """The cells of two attentions with the same seeds, two lists."""
-        a, b = self.of(one, variation), self.of(other, variation)
-        seeds = sorted(a.keys() & b.keys())
-        return [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+        return of_shared_seeds(self.of(one, variation), self.of(other, variation))
 
     def present(self, variation=''):
         return [name for name in self.labels if self.of(name, variation)]
@@ -54,6 +52,12 @@ class Study:
         """(attention, colour, line) of those whose curves are drawn."""
         names = [name for name in self.present() if name in CURVES] or self.present()
         return [(name, *style) for name, style in zip(names, STYLES)]
+
+
+def of_shared_seeds(a, b):
+    """The values of two dictionaries by seed, of the seeds that both have: two lists."""
+    seeds = sorted(a.keys() & b.keys())
+    return [a[seed] for seed in seeds], [b[seed] for seed in seeds]
 
 
 def read_study(out_dir, labels):

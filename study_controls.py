@@ -3,9 +3,9 @@ Controls of the study. Each computes what a GPT_MLA of the same weights does, so
 one of those.
 
 SeparateLatents has one of the things in which MLA differs from MHA and lacks the others. Its latent
-has two halves. Keys read the first and values the second, so they share
-nothing. A half of n_embd numbers limits no rank either. Then MLA and MHA differ in how their maps
-are parametrised alone, half by half:
+has two halves. Keys read the first and values the second, so they share nothing. A half of n_embd
+numbers limits no rank either. Then MLA and MHA differ in how their maps are parametrised alone,
+half by half:
 
     'trained'   W = W_K W_E, of which both learn, as in MLA
     'rotated'   W = W_K W_E, of which W_E stays a random rotation: MHA, in other axes for Adam

@@ -27,6 +27,7 @@ from study_cells import (
     copies_well,
     emergence,
     is_classical,
+    of_shared_seeds,
     spread,
 )
 
@@ -286,15 +287,17 @@ def law(study):
                                   f'{len(ends)} seeds.')
         sizes += [np.log2(shape)] * len(known)
         least += [math.log2(math.sqrt(below * right)) for below, right in known]
+    if not sizes:
+        return finding
     varied = [i for i, column in enumerate(zip(*sizes)) if len(set(column)) > 1]
-    for i in set(range(len(FACTORS))) - set(varied) if sizes else ():
+    for i in set(range(len(FACTORS))) - set(varied):
         finding.claims.append(f'How the least latent depends on the {FACTORS[i]} is not known: it '
                               f'is known for one alone.')
+    if not varied:
+        return finding
     try:
         slopes, intercept, left = least_squares(np.array(sizes)[:, varied], np.array(least))
-    except (ValueError, IndexError):  # too few
-        slopes = []
-    if not slopes:
+    except ValueError:  # too few
         return finding
     for slope, i in zip(slopes, varied):
         finding.claims.append(compared(
@@ -382,14 +385,13 @@ def late(study):
             study.labels[one[0]], RECIPES[one[1]], len(cells), found.events,
             f'{found.median:,.0f}' if math.isfinite(found.median) else 'not reached',
             spread([c['circuit']['accuracy'] for c in cells.values()])])
-        seeds = sorted(times[one].keys() & times.get(other, {}).keys())
-        if len(seeds) < PAIRS:
+        pairs = of_shared_seeds(times[one], times.get(other, {}))
+        if len(pairs[0]) < PAIRS:
             continue
         label, before = (study.labels[name] + f', {RECIPES[recipe]}' * bool(recipe)
                          for name, recipe in (one, other))
         finding.claims.append(compared(
-            paired_shares(*([times[which][seed] is not None for seed in seeds]
-                            for which in (one, other))),
+            paired_shares(*([time is not None for time in of] for of in pairs)),
             f'{label} forms induction more often than {before}',
             f'{label} forms induction less often than {before}',
             f'how often {label} forms induction less how often {before} does', '{:+.0%}'))
@@ -442,10 +444,9 @@ def surgery(study):
                              f'In layer {layer} of {study.labels[name]} random directions do as '
                              'much as found ones', f'random less found directions needed in layer '
                              f'{layer} of {study.labels[name]}', '{:+.1f}', 'runs'))
-            shared = sorted(needs.get(('mha', layer), {}).keys() & needs[name, layer].keys())
-            if name != 'mha' and len(shared) >= PAIRS:
-                gap = paired(*([needs[one, layer][seed]['found'] for seed in shared]
-                               for one in (name, 'mha')))
+            own, of_mha = of_shared_seeds(needs[name, layer], needs.get(('mha', layer), {}))
+            if name != 'mha' and len(own) >= PAIRS:
+                gap = paired(*([need['found'] for need in of] for of in (own, of_mha)))
                 label = study.labels[name]
                 finding.claims.append(compared(
                     gap, f'Layer {layer} of {label} needs more directions than that of MHA',
@@ -454,11 +455,11 @@ def surgery(study):
             said = {one: {seed: run['surgery']['patched'][layer][1]
                           for seed, run in study.surgery.get((one, ''), {}).items()
                           if run['surgery']['patched'][layer]} for one in (name, 'mha')}
-            shared = sorted(said[name].keys() & said['mha'].keys())
-            if name != 'mha' and len(shared) >= PAIRS:
+            own, of_mha = of_shared_seeds(said[name], said['mha'])
+            if name != 'mha' and len(own) >= PAIRS:
                 where = f'in the found directions of layer {layer}, {study.labels[name]}'
                 finding.claims.append(compared(
-                    paired(*([said[one][seed] for seed in shared] for one in (name, 'mha'))),
+                    paired(own, of_mha),
                     f"Patched {where} says the other prompt's token more often than MHA",
                     f"Patched {where} says the other prompt's token less often than MHA",
                     f"how often, patched {where} says the other prompt's token, less how often "

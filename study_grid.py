@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from model import GPT
 from model_mla import GPT_MLA
 from study_controls import GPT_LoudRotaryKey, control
-from study_findings import LEAST, SIZES
+from study_findings import LEAST, PARAMETRISED, SIZES
 from study_text import LADDER, READING, TEXTS
 
 RECIPE = 'config/train_induction.py'
@@ -108,11 +108,10 @@ def grid(attentions, seeds, variations=('',)):
 MAIN = ['mha', 'mla32', 'decoupled32']
 OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48']
 LEARNED = ['mha_learned', 'mla_learned']
-CONTROLS = ['separate', 'keys', 'values', 'rotated']
 QUESTIONS = {
     # which circuit, when, what first, through how many directions, and whether it is the cause
     'circuits': [*grid(MAIN + OTHERS, range(1, 21)), *grid(LEARNED, range(1, 6))],
-    'parametrisation': grid(['mha', 'mla64', *CONTROLS], range(1, 21)),
+    'parametrisation': grid(PARAMETRISED, range(1, 21)),
     'least': [*grid(['mla2', 'mla4', 'mla8', 'mla12'], range(1, 11)),
               *grid(['mha', *(f'mla{n}' for n in LEAST)], range(1, 3), SIZES)],
     'late': [*grid(['decoupled16', 'decoupled32', 'decoupled48', 'normed32', 'normed48', 'loud48'],

@@ -12,8 +12,8 @@ from study_cells import NOTHING, read_study
 from study_findings import FINDINGS, learning
 from study_text import TEXTS, in_text, ladder
 
-LIMITS = '''Models of two layers, four heads and a context of 32, on one artificial task and with
-one recipe: nothing here says that larger models do the same. A circuit that forms after the last
+LIMITS = '''Models of two layers with contexts of 32 to 128, on one artificial task and on texts of
+one author: nothing here says that larger models do the same. A circuit that forms after the last
 iteration counts as not formed. Times are known to 100 iterations. The fewest directions are the
 fewest that were found. Intervals are 95 %, one by one: of twenty, one is expected to be wrong.
 Several comparisons share the runs of MHA.'''

@@ -5,7 +5,7 @@ What the study finds about text: a function for each question, which makes a Fin
 import numpy as np
 
 from analysis.statistics import mean, paired
-from study_cells import FORMED, PAIRS, Finding, compared, spread
+from study_cells import FORMED, PAIRS, Finding, compared, of_shared_seeds, spread
 
 TEXTS = {'characters': 'characters of Shakespeare', 'plays': 'byte pairs of all his plays'}
 READING = 'reading'  # the variation that reads a text for long
@@ -104,10 +104,10 @@ def in_text(study):
                 'without it they lose less than the same tokens from elsewhere',
                 f'what repeats lose without that head of {label} less what the same tokens from '
                 'elsewhere lose', '{:+.3f} nats', 'runs'))
-        shared = sorted(excess[name].keys() & excess.get('mha', {}).keys())
-        if name != 'mha' and len(shared) >= PAIRS:
+        own, of_mha = of_shared_seeds(excess[name], excess.get('mha', {}))
+        if name != 'mha' and len(own) >= PAIRS:
             finding.claims.append(compared(
-                paired(*([excess[one][seed] for seed in shared] for one in (name, 'mha'))),
+                paired(own, of_mha),
                 f'{label} attends more to what followed the same token in the text than MHA',
                 f'{label} attends less to what followed the same token in the text than MHA',
                 f'attention of {label} to what followed the same token in the text less that of '
