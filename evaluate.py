@@ -134,19 +134,25 @@ def split_loss(model, tokens, dtype=torch.float32, batch_size=64, sequence=None)
     return float(window_losses(model, tokens, dtype, batch_size, sequence).sum() / n_targets)
 
 
-def ratio(totals, sizes):
-    """sum(totals) / sum(sizes) over windows in the order of the text, and its 95 % interval.
-
-    The interval is that of Student's t over RUNS runs of windows, over the windows where they are
-    fewer, and None for a single window. The error is that of a ratio estimator, in which a window
-    that is shorter, or has fewer bytes, weighs less (Cochran 1977, "Sampling Techniques", chapter
-    6)."""
+def ratio_error(totals, sizes):
+    """sum(totals) / sum(sizes) over windows in the order of the text, its standard error and how
+    many runs of windows that is from: RUNS, or each window where they are fewer. It is that of a
+    ratio estimator, in which a window that is shorter, or has fewer bytes, weighs less (Cochran
+    1977, "Sampling Techniques", chapter 6), and nan for a single window."""
     value, n = float(totals.sum() / sizes.sum()), min(len(totals), RUNS)
     if n < 2:
-        return value, None
+        return value, math.nan, n
     starts = np.arange(n) * len(totals) // n
     residuals = np.add.reduceat(totals - value * sizes, starts)  # (n,), of which the sum is 0
-    error = math.sqrt(n / (n - 1) * (residuals ** 2).sum()) / sizes.sum()
+    return value, math.sqrt(n / (n - 1) * (residuals ** 2).sum()) / sizes.sum(), n
+
+
+def ratio(totals, sizes):
+    """The value of ratio_error with the 95 % interval of Student's t over its runs; None in place
+    of the interval for a single window."""
+    value, error, n = ratio_error(totals, sizes)
+    if n < 2:
+        return value, None
     margin = float(stdtrit(n - 1, 0.975) * error)
     return value, [value - margin, value + margin]
 

@@ -41,11 +41,10 @@ from analysis.induction_heads import best_shifts, copies_with_lags, copy_length,
 from analysis.plots import Panel, draw_panels, field_maps, symmetric
 from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import final_stream, record
-from evaluate import stream_losses
+from evaluate import RUNS, ratio_error, stream_losses
 from runtime.progress import progress_bar
 
 TOKENS = 10  # in the table
-BLOCKS = 32  # of windows, from which errors are known
 
 
 @dataclass
@@ -65,7 +64,7 @@ class InText:
     named: list  # names of heads
     shares: dict  # of 'repeat', 'elsewhere' and 'new' among the tokens
     loss: dict  # of each in nats, of the whole model
-    rise: dict  # of each without the named heads, and 'difference'
+    rise: dict  # of each without the named heads, and 'difference'; nan where none is named
     error: dict  # standard errors of rise
     alone: np.ndarray  # (n_layer, n_head) that difference without one head; nan where that was not
                        # asked: of a model with more than 64 heads the named ones are
@@ -88,14 +87,13 @@ def find_repeats(idx):
     return behind, {'repeat': repeat, 'elsewhere': came & ~repeat, 'new': ~came}
 
 
-def attention_to(model, windows):
-    """The mean attention (n_layer, n_head) to the place behind the last occurrence, and the mean
-    of the mean pattern at the same places. The token itself does not count, as it would where a
-    token comes twice in a row."""
+def attention_to(model, windows, places):
+    """The mean attention (n_layer, n_head) in windows to the places behind the last occurrence,
+    which find_repeats gives, and the mean of the mean pattern at the same places. The token itself
+    does not count, as it would where a token comes twice in a row."""
     n_layer, n_head = model.config.n_layer, model.config.n_head
     found, patterns, weights = torch.zeros(n_layer, n_head).double(), [0] * n_layer, 0
-    for idx in progress_bar(windows, 'attention'):
-        behind, _ = find_repeats(idx)
+    for idx, behind in zip(progress_bar(windows, 'attention'), places):
         T = behind.size(1)
         counts = (behind > 0) & (behind < torch.arange(T, device=idx.device))
         chosen = torch.nn.functional.one_hot(behind, T) * counts[..., None]  # (B, T, T)
@@ -127,11 +125,11 @@ def losses_of(model, idx, edit=None):
 
 
 def mean_over(values, chosen):
-    """The mean of values (windows, T) where they are chosen, and its standard error as that of a
-    ratio over windows."""
-    n = chosen.sum()
-    mean = (values * chosen).sum() / n
-    return mean.item(), (((values - mean) * chosen).sum(1) / n).square().sum().sqrt().item()
+    """The mean of values (windows, T) where they are chosen, and its standard error; nan where
+    none is."""
+    if not chosen.any():
+        return np.nan, np.nan
+    return ratio_error((values * chosen).sum(1).numpy(), chosen.sum(1).numpy())[:2]
 
 
 def difference(values, targets, groups):
@@ -141,7 +139,7 @@ def difference(values, targets, groups):
     ids = targets.unique(return_inverse=True)[1]
     n = int(ids.max()) + 1
     parts = []  # of each block: sums and counts, of repeats and of elsewhere, (4, n)
-    for block in torch.arange(len(values)).tensor_split(min(BLOCKS, len(values))):
+    for block in torch.arange(len(values)).tensor_split(min(RUNS, len(values))):
         part = []
         for kind in ('repeat', 'elsewhere'):
             chosen = groups[kind][block]
@@ -189,9 +187,9 @@ def analyse(subject, config):
     random = best_shifts(shift_scores(subject, copies))[1]
     named = [head for head in top_heads(random, threshold=config.threshold) if head[0] > 0]
     windows = subject.windows(config.text, config.max_tokens, min(c.block_size, config.max_tokens))
-    attention, expected = attention_to(model, windows)
+    places, groups = zip(*map(find_repeats, windows))
+    attention, expected = attention_to(model, windows, places)
     means = mean_outputs(model, [idx[:, :-1] for idx in windows])
-    groups = [find_repeats(idx)[1] for idx in windows]
     groups = {kind: torch.cat([group[kind] for group in groups]).cpu() for kind in groups[0]}
     targets = torch.cat([idx[:, 1:] for idx in windows]).cpu()
     whole = torch.cat([losses_of(model, idx) for idx in windows])
@@ -205,7 +203,7 @@ def analyse(subject, config):
     asked = list(np.ndindex(alone.shape)) if alone.size <= 64 else named
     for head in progress_bar(asked, 'without a head'):
         alone[head], alone_error[head] = difference(rise_without([head]), targets, groups)
-    rise = rise_without(named)
+    rise = rise_without(named) if named else torch.full_like(whole, torch.nan)
     kinds, tokens = {}, []
     if named and subject.tokenizer.knows_text:
         repeats = groups['repeat']
