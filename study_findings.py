@@ -112,7 +112,8 @@ def times(study):
         for _, colour, line in [style for style in study.styles() if style[0] == name]:
             ax.step([0, *found.times, max(groups[name][1])],
                     [0, *(1 - found.remaining), 1 - found.remaining[-1]], line, where='post',
-                    lw=1.8, color=colour, label=f'{study.labels[name]}, {found.n} seeds')
+                    lw=1.8, color=colour,
+                    label=f'{study.labels[name]}, {found.n} seed{"s" * (found.n > 1)}')
         ends = [f'{x:,.0f}' if math.isfinite(x) else 'not reached'
                 for x in (found.median, found.low, found.high)]
         finding.rows.append([study.labels[name], found.n, found.events,
