@@ -238,12 +238,14 @@ def latent(study):
 
 
 FACTORS = ('number of heads', 'vocabulary', 'width')
-# variation: its FACTORS; '' is the recipe
-SIZES = {'': (4, 64, 64), 'heads2': (2, 64, 64), 'heads8': (8, 64, 64),
-         'vocabulary16': (4, 16, 64), 'vocabulary256': (4, 256, 64),
-         'vocabulary1024': (4, 1024, 64),
-         'narrow': (4, 64, 32), 'width96': (4, 64, 96), 'wide': (4, 64, 128),
-         'wide_slow': (4, 64, 128)}  # at half the learning rate
+# variation: its FACTORS, its learning rate, and its iterations in those of the recipe, which is ''
+SIZES = {'': (4, 64, 64, 3e-3, 1), 'heads2': (2, 64, 64, 3e-3, 1), 'heads8': (8, 64, 64, 3e-3, 1),
+         'vocabulary16': (4, 16, 64, 3e-3, 1), 'vocabulary256': (4, 256, 64, 3e-3, 1),
+         'vocabulary1024': (4, 1024, 64, 3e-3, 1), 'vocabulary1024_long': (4, 1024, 64, 3e-3, 3),
+         'narrow': (4, 64, 32, 3e-3, 1), 'narrow_fast': (4, 64, 32, 6e-3, 1),
+         'narrow_long': (4, 64, 32, 3e-3, 3),
+         'width96': (4, 64, 96, 3e-3, 1), 'width96_slow': (4, 64, 96, 2e-3, 1),
+         'wide': (4, 64, 128, 3e-3, 1), 'wide_slow': (4, 64, 128, 1.5e-3, 1)}
 
 
 LEAST = (4, 8, 12, 16, 24, 32, 48, 64)  # latents that are tried for the least one
@@ -268,24 +270,27 @@ def least_latents(study, size):
 def law(study):
     """How the least latent depends on heads, vocabulary and width."""
     finding = Finding('What the least latent depends on', 'least')
-    finding.rows = [[*FACTORS, 'seeds', 'least n_latent that copies', 'not known', 'MHA copies in']]
+    finding.rows = [[*FACTORS, 'learning rate', 'iterations', 'seeds', 'least n_latent that copies',
+                     'not known', 'MHA copies in']]
     sizes, least = [], []
-    for size, shape in SIZES.items():
+    for size, (*shape, rate, _) in SIZES.items():
         ends = least_latents(study, size)
         if not ends:
             continue
         known = [pair for pair in ends.values() if pair]
         spans = sorted({f'{below + 1} to {right}' for below, right in known})
         mha = [copies_well(cell) for cell in study.of('mha', size).values()]
-        finding.rows.append([*shape, len(ends), '; '.join(spans) or '-', len(ends) - len(known),
+        tried = {n: study.of(f'mla{n}', size).values() for n in LEAST if study.of(f'mla{n}', size)}
+        cells = [cell for of in tried.values() for cell in of]
+        iterations = max(cell['max_iters'] for cell in cells)
+        finding.rows.append([*shape, f'{rate:g}', f'{iterations:,}', len(ends),
+                             '; '.join(spans) or '-', len(ends) - len(known),
                              f'{sum(mha)} of {len(mha)}'])
-        tried = [n for n in LEAST if study.of(f'mla{n}', size)]
-        if min(len(mha), len(ends)) >= PAIRS and all(mha) and not any(
-                copies_well(cell) for n in tried for cell in study.of(f'mla{n}', size).values()):
+        if min(len(mha), len(ends)) >= PAIRS and all(mha) and not any(map(copies_well, cells)):
             settings = ', '.join(f'{name} {n}' for name, n in zip(FACTORS, shape))
-            finding.claims.append(f'With {settings} MHA copies within the iterations, and MLA with '
-                                  f'n_latent {tried[0]} to {tried[-1]} does not; {len(mha)} and '
-                                  f'{len(ends)} seeds.')
+            finding.claims.append(f'With {settings} and learning rate {rate:g} MHA copies within '
+                                  f'{iterations:,} iterations, and MLA with n_latent {min(tried)} '
+                                  f'to {max(tried)} does not; {len(mha)} and {len(ends)} seeds.')
         sizes += [np.log2(shape)] * len(known)
         least += [math.log2(math.sqrt(below * right)) for below, right in known]
     if not sizes:

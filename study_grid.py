@@ -86,9 +86,9 @@ VARIATIONS = {
     'mlp_slow': dict(mlp=True, learning_rate=1e-3),
     'slow': dict(learning_rate=1e-3),
     'fast': dict(learning_rate=1e-2),
-    **{name: dict(n_head=heads, vocabulary=vocabulary, n_embd=width)
-       for name, (heads, vocabulary, width) in SIZES.items() if name},
-    'wide_slow': dict(n_embd=128, learning_rate=1.5e-3),
+    **{name: dict(n_head=heads, vocabulary=vocabulary, n_embd=width, learning_rate=rate,
+                  times=times)
+       for name, (heads, vocabulary, width, rate, times) in SIZES.items() if name},
     'period': dict(task='period'),
     'cycle': dict(task='cycle'),
     'characters': dict(dataset='shakespeare_char', **TEXT),
