@@ -364,13 +364,15 @@ def circuit_claims(label, before, cells, others, where=''):
 
 
 RECIPES = {'': 'as it is', 'mlp': 'with MLPs', 'mlp_slow': 'with MLPs, learning rate 1e-3',
-           'base10000': 'rotary base 10,000', 'wide': '128 wide', 'slow': 'learning rate 1e-3',
-           'fast': 'learning rate 1e-2'}
+           'base10000': 'rotary base 10,000', 'slow': 'learning rate 1e-3',
+           'fast': 'learning rate 1e-2', 'wide': '128 wide',
+           'wide_slow': '128 wide, learning rate 1.5e-3'}
 LATE = [  # (attention, recipe), and those with which it is compared
     (('decoupled16', ''), None), (('decoupled32', ''), None),
     (('decoupled48', ''), ('decoupled16', '')), (('normed48', ''), ('decoupled48', '')),
     (('loud48', ''), ('decoupled48', '')), (('decoupled48', 'slow'), ('decoupled48', '')),
-    (('decoupled48', 'wide'), ('decoupled48', '')), (('normed32', ''), ('decoupled32', '')),
+    (('decoupled48', 'wide'), ('decoupled48', '')), (('decoupled32', 'slow'), ('decoupled32', '')),
+    (('normed32', ''), ('decoupled32', '')),
     (('decoupled16', 'mlp'), ('decoupled16', '')), (('normed16', 'mlp'), ('decoupled16', 'mlp')),
     (('decoupled16', 'mlp_slow'), ('decoupled16', 'mlp'))]
 
@@ -401,6 +403,14 @@ def late(study):
             f'{label} forms induction more often than {before}',
             f'{label} forms induction less often than {before}',
             f'how often {label} forms induction less how often {before} does', '{:+.0%}'))
+    ends = {True: [], False: []}
+    for cell in (cell for (name, recipe), _ in LATE for cell in study.of(name, recipe).values()):
+        ends[copies_well(cell)].append(cell['development']['scores']['previous'][-1])
+    if all(ends.values()):
+        finding.claims.append(
+            f'At the end the best previous-token head scores {spread(ends[False], "{:.2f}")} in '
+            f'the {len(ends[False])} of these runs that do not copy, and '
+            f'{spread(ends[True], "{:.2f}")} in the {len(ends[True])} that do.')
     return finding
 
 
@@ -498,7 +508,7 @@ def variations(study):
     finding = Finding('Does it depend on the recipe', 'recipe')
     finding.rows = [['recipe', 'attention', 'seeds', 'classical', 'shifted',
                      'copies, median (lowest to highest)', 'formed']]
-    for variation in ('mlp', 'base10000', 'wide', 'slow', 'fast'):
+    for variation in ('mlp', 'base10000', 'slow', 'fast', 'wide', 'wide_slow'):
         text = RECIPES[variation]
         for name in study.present(variation):
             cells = list(study.of(name, variation).values())

@@ -236,6 +236,18 @@ def test_slopes_are_those_of_scipy():
             statistics.least_squares(columns, y)
 
 
+def test_what_makes_the_decoupled_late():
+    never = cell(at=None, algorithm='none')
+    finding = study_findings.late(of_cells(decoupled16=[cell()] * 8, decoupled48=[never] * 8,
+                                           loud48=[never] * 8))
+    assert [row[3] for row in finding.rows] == ['formed', 8, 0, 0]
+    width, loud, previous = finding.claims
+    assert width.startswith('MLA 48 decoupled forms induction less often than MLA 16 decoupled: -')
+    assert loud.startswith('No difference seen') and '+0%' in loud
+    assert ('0.10 (0.10 to 0.10) in the 16 of these runs that do not copy, and 0.90 (0.90 to 0.90) '
+            'in the 8 that do.') in previous
+
+
 def test_the_law_of_the_least_latent():
     """With a latent that must have 1.5 times the root of the vocabulary, whatever else there is."""
     cells = {}
