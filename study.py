@@ -40,8 +40,9 @@ from runtime.progress import progress_bar
 from runtime.record import write_file
 from runtime.run_folder import kind_path
 from runtime.workers import default_workers, in_workers, worker_pool
+from study_cells import MAIN
 from study_controls import SeparateLatents
-from study_grid import ATTENTIONS, MAIN, PRESETS, QUESTIONS, VARIATIONS
+from study_grid import ATTENTIONS, PRESETS, QUESTIONS, VARIATIONS
 from study_report import write_report
 from study_text import READING
 from train import TrainConfig, launch

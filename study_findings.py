@@ -20,6 +20,7 @@ from analysis.statistics import (
 from study_cells import (
     ALGORITHMS,
     FORMED,
+    MAIN,
     PAIRS,
     STYLES,
     Finding,
@@ -272,7 +273,7 @@ def law(study):
     finding = Finding('What the least latent depends on', 'least')
     finding.rows = [[*FACTORS, 'learning rate', 'iterations', 'seeds', 'least n_latent that copies',
                      'not known', 'MHA copies in']]
-    sizes, least = [], []
+    sizes, least, within = [], [], []
     for size, (*shape, rate, _) in SIZES.items():
         ends = least_latents(study, size)
         if not ends:
@@ -293,6 +294,7 @@ def law(study):
                                   f'to {max(tried)} does not; {len(mha)} and {len(ends)} seeds.')
         sizes += [np.log2(shape)] * len(known)
         least += [math.log2(math.sqrt(below * right)) for below, right in known]
+        within += [math.log2(math.sqrt(right / below)) for below, right in known]
     if not sizes:
         return finding
     varied = [i for i, column in enumerate(zip(*sizes)) if len(set(column)) > 1]
@@ -302,7 +304,7 @@ def law(study):
     if not varied:
         return finding
     try:
-        slopes, intercept, left = least_squares(np.array(sizes)[:, varied], np.array(least))
+        slopes, intercept, left = least_squares(np.array(sizes)[:, varied], np.array(least), within)
     except ValueError:  # too few
         return finding
     for slope, i in zip(slopes, varied):
@@ -510,7 +512,7 @@ def variations(study):
                      'copies, median (lowest to highest)', 'formed']]
     for variation in ('mlp', 'base10000', 'slow', 'fast', 'wide', 'wide_slow'):
         text = RECIPES[variation]
-        for name in study.present(variation):
+        for name in [name for name in MAIN if study.of(name, variation)]:
             cells = list(study.of(name, variation).values())
             kinds = [c['circuit']['algorithm'] for c in cells]
             finding.rows.append([

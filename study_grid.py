@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from model import GPT
 from model_mla import GPT_MLA
+from study_cells import MAIN
 from study_controls import GPT_LoudRotaryKey, control
 from study_findings import LEAST, PARAMETRISED, SIZES
 from study_text import LADDER, READING, TEXTS
@@ -105,7 +106,6 @@ def grid(attentions, seeds, variations=('',)):
             for attention in attentions]
 
 
-MAIN = ['mha', 'mla32', 'decoupled32']
 OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48']
 LEARNED = ['mha_learned', 'mla_learned']
 QUESTIONS = {

@@ -65,10 +65,11 @@ def paired_shares(a, b):
     return Estimate((only_a - only_b) / n, max(-1.0, centre - margin), min(1.0, centre + margin), n)
 
 
-def least_squares(columns, y):
+def least_squares(columns, y, within=0.0):
     """The Estimates of the slopes of y (n,) on columns (n, k), beside an intercept, with the
-    interval of Student's t; the intercept; and the standard deviation of what they leave. Raises
-    ValueError where n is not above k + 1, or a column is a sum of others."""
+    interval of Student's t; the intercept; and the standard deviation of what they leave. Where y
+    is known to +- within (n,), an interval has room for the worst that y may be. Raises ValueError
+    where n is not above k + 1, or a column is a sum of others."""
     X = np.column_stack([np.ones(len(y)), columns])
     n, k = X.shape
     if n <= k or np.linalg.matrix_rank(X) < k:
@@ -76,6 +77,7 @@ def least_squares(columns, y):
     found, *_ = np.linalg.lstsq(X, y, rcond=None)
     left = math.sqrt(((y - X @ found) ** 2).sum() / (n - k))
     margins = stdtrit(n - k, 0.975) * left * np.sqrt(np.diag(np.linalg.inv(X.T @ X)))
+    margins += np.abs(np.linalg.pinv(X)) @ np.broadcast_to(within, n)
     slopes = [Estimate(b, b - margin, b + margin, n) for b, margin in zip(found, margins)]
     return slopes[1:], float(found[0]), left
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 from configurator import UserError
@@ -234,6 +235,13 @@ def test_slopes_are_those_of_scipy():
     for columns in (np.stack([x, 2 * x], 1), np.ones((20, 1))):  # which cannot be told apart
         with pytest.raises(ValueError, match='20 runs do not tell'):
             statistics.least_squares(columns, y)
+
+
+def test_a_slope_has_room_for_what_y_may_be():
+    x, y, within = np.arange(6.0), 1 - 2 * np.arange(6.0), np.array([0.1, 0.2, 0.0, 0.3, 0.1, 0.4])
+    slopes = [np.polyfit(x, y + within * signs, 1)[0] for signs in product((-1, 1), repeat=6)]
+    (slope,), *_ = statistics.least_squares(x, y, within)
+    assert (slope.value, slope.low, slope.high) == pytest.approx((-2, min(slopes), max(slopes)))
 
 
 def test_what_makes_the_decoupled_late():
