@@ -9,8 +9,8 @@ from model import GPT
 from model_mla import GPT_MLA
 from study_cells import MAIN
 from study_controls import GPT_LoudRotaryKey, control
-from study_findings import LEAST, PARAMETRISED, SIZES
-from study_text import LADDER, READING, TEXTS
+from study_findings import SIZES
+from study_text import LADDER, READING, RUNGS
 
 RECIPE = 'config/train_induction.py'
 
@@ -106,22 +106,38 @@ def grid(attentions, seeds, variations=('',)):
             for attention in attentions]
 
 
-OTHERS = ['gqa', 'mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48']
+OTHERS = ['mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48']
 LEARNED = ['mha_learned', 'mla_learned']
+LATENTS = ['mha', 'mla8', 'mla12', 'mla16', 'mla24']  # among which the least latent is looked for
+# sizes with which MLA copies, and those with which it does not in as many iterations
+COPIED = ['heads2', 'heads8', 'vocabulary256', 'vocabulary1024_long', 'narrow_long', 'width96_slow',
+          'wide_slow']
+MISSED = ['vocabulary1024', 'narrow', 'narrow_fast', 'width96', 'wide']
 QUESTIONS = {
     # which circuit, when, what first, through how many directions, and whether it is the cause
-    'circuits': [*grid(MAIN + OTHERS, range(1, 21)), *grid(LEARNED, range(1, 6))],
-    'parametrisation': grid(PARAMETRISED, range(1, 21)),
-    'least': [*grid(['mla2', 'mla4', 'mla8', 'mla12'], range(1, 11)),
-              *grid(['mha', *(f'mla{n}' for n in LEAST)], range(1, 3), SIZES)],
-    'late': [*grid(['decoupled16', 'decoupled32', 'decoupled48', 'normed32', 'normed48', 'loud48'],
-                   range(1, 6)), *grid(['decoupled48'], range(1, 6), ['slow', 'wide']),
+    'circuits': [*grid(MAIN + OTHERS, range(1, 21)), *grid(['gqa'], range(1, 6)),
+                 *grid(LEARNED, range(1, 4))],
+    'parametrisation': [*grid(['mha', 'rotated', 'mla64'], range(1, 21)),
+                        *grid(['keys', 'values', 'separate'], range(1, 11))],
+    'least': [*grid(['mla2', 'mla4', 'mla8'], range(1, 4)), *grid(['mla12', 'mla24'], [1, 2]),
+              *grid(LATENTS, [1, 2], COPIED), *grid(LATENTS, [1], [*MISSED, 'vocabulary16']),
+              *grid(LATENTS, [2], ['width96', 'vocabulary1024']),
+              *grid(['mla32'], [1], [*MISSED, 'narrow_long', 'wide_slow']),
+              *grid(['mla48'], [1], ['width96', 'wide', 'wide_slow', 'vocabulary1024'])],
+    'late': [*grid(['decoupled16', 'decoupled32', 'decoupled48'], range(1, 21)),
+             *grid(['normed48', 'loud48'], range(1, 9)),
+             *grid(['decoupled48'], range(1, 6), ['slow']),
+             *grid(['decoupled32'], range(1, 21), ['slow']),
              *grid(['decoupled16', 'normed16'], range(1, 6), ['mlp']),
              *grid(['decoupled16'], range(1, 6), ['mlp_slow'])],
-    'recipe': grid(MAIN, range(1, 11), ['mlp', 'base10000', 'wide', 'slow', 'fast']),
+    'recipe': [*grid(MAIN, range(1, 11), ['mlp', 'slow']),
+               *grid(['mha', 'mla32'], range(1, 11), ['base10000', 'wide_slow']),
+               *grid(['mha', 'mla32'], range(1, 6), ['fast']),
+               *grid(['mha', 'mla32'], range(1, 4), ['wide'])],
     'controls': grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle']),
-    'ladder': grid(LADDER, range(1, 6), TEXTS),
-    'reading': grid(MAIN, range(1, 4), [READING]),
+    'ladder': [*grid(LADDER, range(1, 4), ['characters']), *grid(RUNGS, [4, 5], ['characters']),
+               *grid(RUNGS, range(1, 4), ['plays'])],
+    'reading': grid(['mha', 'mla32'], range(1, 4), [READING]),
 }
 PRESETS = {
     'minute': grid(['mha', 'decoupled32'], [1]),

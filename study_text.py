@@ -11,6 +11,7 @@ TEXTS = {'characters': 'characters of Shakespeare', 'plays': 'byte pairs of all 
 READING = 'reading'  # the variation that reads a text for long
 LADDER = ['mha_learned', 'mla_learned', 'mla32', 'decoupled24', 'norm', 'scale', 'query', 'mla11',
           'mla21', 'mla43', 'mla64', 'decoupled29', 'mqa', 'gqa', 'mha']
+RUNGS = ['mha_learned', 'mla_learned', 'mla32', 'decoupled24', 'mqa', 'mla43', 'mha']  # the main
 # what is compared: (before, after, of what, the published sign of the change where there is one)
 MARIN = 'Marin, issue 7423'
 STEPS = [

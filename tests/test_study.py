@@ -209,6 +209,11 @@ def test_runs_that_never_form_count_in_the_times():
     assert 'do not differ visibly' in same.claims[0]
 
 
+def test_the_cells_of_the_repository_are_those_of_a_night():
+    names = {path.stem for path in (ROOT / 'study/cells').glob('*.json')}
+    assert names and names <= {cell.name for cell in study.PRESETS['night']}
+
+
 def test_what_comes_first():
     runs = of_cells(mha=[cell(at=1000), cell(at=1500), cell(at=2000)])
     claim, = study_findings.birth(runs).claims
