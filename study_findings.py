@@ -107,16 +107,14 @@ def times(study):
     finding.rows = [['attention', 'seeds', 'formed', 'median iteration (95 %)']]
     groups = {}
     for name in names:
-        cells = list(study.of(name).values())
-        groups[name] = [emergence(c) for c in cells], [c['max_iters'] for c in cells]
+        groups[name] = times_and_ends(study.of(name))
         found = survival(*groups[name])
         for _, colour, line in [style for style in study.styles() if style[0] == name]:
             ax.step([0, *found.times, max(groups[name][1])],
                     [0, *(1 - found.remaining), 1 - found.remaining[-1]], line, where='post',
                     lw=1.8, color=colour,
                     label=f'{study.labels[name]}, {found.n} seed{"s" * (found.n > 1)}')
-        ends = [f'{x:,.0f}' if math.isfinite(x) else 'not reached'
-                for x in (found.median, found.low, found.high)]
+        ends = [iteration(x) for x in (found.median, found.low, found.high)]
         finding.rows.append([study.labels[name], found.n, found.events,
                              f'{ends[0]} ({ends[1]} to {ends[2]})'])
     ax.set(xlabel='iteration', ylim=(-0.02, 1.02), xlim=(0, None),
@@ -125,15 +123,32 @@ def times(study):
     ax.grid(alpha=0.3)
     finding.figure = figure
     for name in names[1:] if names[:1] == ['mha'] else []:
-        if min(len(groups['mha'][0]), len(groups[name][0])) < PAIRS:
-            continue
-        p = logrank_p(*groups['mha'], *groups[name])
-        seen = 'differ' if p < 0.05 else 'do not differ visibly'
-        chance = f'p = {p:.3f}' if p >= 0.001 else 'p < 0.001'
-        finding.claims.append(
-            f'The times of MHA and {study.labels[name]} until a head is above {FORMED} {seen}: '
-            f'log-rank {chance}, {len(groups["mha"][0])} and {len(groups[name][0])} seeds.')
+        finding.claims += times_claim(study.labels[name], *groups['mha'], *groups[name])
     return finding
+
+
+def times_and_ends(cells):
+    """Of cells by seed: when a head has formed in each, and how long it was trained."""
+    return [emergence(c) for c in cells.values()], [c['max_iters'] for c in cells.values()]
+
+
+def iteration(n):
+    """An iteration as text: nan is one that is not reached."""
+    return f'{n:,.0f}' if math.isfinite(n) else 'not reached'
+
+
+def times_claim(label, mha_times, mha_ends, times, ends, where=''):
+    """The sentence on the times until a head has formed in MHA and in another attention, in a
+    list: an empty one where there are few runs, or no head has formed."""
+    if min(len(mha_times), len(times)) < PAIRS or set(mha_times + times) == {None}:
+        return []
+    p = logrank_p(mha_times, mha_ends, times, ends)
+    seen = 'differ' if p < 0.05 else 'do not differ visibly'
+    chance = f'p = {p:.3f}' if p >= 0.001 else 'p < 0.001'
+    medians = ' and '.join(iteration(survival(*group).median)
+                           for group in ((mha_times, mha_ends), (times, ends)))
+    return [f'The times of MHA and {label} until a head is above {FORMED}{where} {seen}: medians '
+            f'{medians}, log-rank {chance}, {len(mha_times)} and {len(times)} seeds.']
 
 
 def half_way(cell, key):
@@ -393,7 +408,7 @@ def late(study):
         found = survival([*times[one].values()], [c['max_iters'] for c in cells.values()])
         finding.rows.append([
             study.labels[one[0]], RECIPES[one[1]], len(cells), found.events,
-            f'{found.median:,.0f}' if math.isfinite(found.median) else 'not reached',
+            iteration(found.median),
             spread([c['circuit']['accuracy'] for c in cells.values()])])
         pairs = of_shared_seeds(times[one], times.get(other, {}))
         if len(pairs[0]) < PAIRS:
@@ -509,22 +524,27 @@ def variations(study):
     """Whether it depends on what else the models have."""
     finding = Finding('Does it depend on the recipe', 'recipe')
     finding.rows = [['recipe', 'attention', 'seeds', 'classical', 'shifted',
-                     'copies, median (lowest to highest)', 'formed']]
+                     'copies, median (lowest to highest)', 'formed', 'median iteration']]
     for variation in ('mlp', 'base10000', 'slow', 'fast', 'wide', 'wide_slow'):
         text = RECIPES[variation]
         for name in [name for name in MAIN if study.of(name, variation)]:
-            cells = list(study.of(name, variation).values())
-            kinds = [c['circuit']['algorithm'] for c in cells]
+            cells = study.of(name, variation)
+            kinds = [c['circuit']['algorithm'] for c in cells.values()]
+            found = survival(*times_and_ends(cells))
             finding.rows.append([
                 text, study.labels[name], len(cells), kinds.count('classical'),
-                kinds.count('shifted'), spread([c['circuit']['accuracy'] for c in cells]),
-                sum(emergence(c) is not None for c in cells)])
+                kinds.count('shifted'),
+                spread([c['circuit']['accuracy'] for c in cells.values()]), found.events,
+                iteration(found.median)])
             mha, other = study.pairs('mha', name, variation)
             if name != 'mha' and len(mha) >= PAIRS:
                 finding.claims += circuit_claims(study.labels[name], 'MHA', other, mha,
                                                  f' ({text})')
+                finding.claims += times_claim(
+                    study.labels[name], *times_and_ends(study.of('mha', variation)),
+                    *times_and_ends(cells), f' ({text})')
     return finding
 
 
-FINDINGS = (algorithms, parametrisation, times, birth, latent, law, late, surgery, causes,
-            variations, controls)
+FINDINGS = (algorithms, variations, parametrisation, times, birth, latent, law, late, surgery,
+            causes, controls)

@@ -206,7 +206,15 @@ def test_runs_that_never_form_count_in_the_times():
     assert finding.rows[1][2] == 0 and 'not reached' in finding.rows[1][3]
     assert finding.rows[2][3].startswith('900') and ' differ:' in finding.claims[0]
     same = study_findings.times(of_cells(mha=[cell()] * 4, mla32=[cell()] * 4))
-    assert 'do not differ visibly' in same.claims[0]
+    assert 'do not differ visibly: medians 1,000 and 1,000,' in same.claims[0]
+    never = [cell(at=None, algorithm='none')] * 4
+    assert study_findings.times(of_cells(mha=never, mla32=never)).claims == []
+    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
+    slow = study_cells.Study({('mha', 'slow'): dict(enumerate([cell(at=600)] * 8)),
+                              ('mla32', 'slow'): dict(enumerate([cell(at=900)] * 8))}, {}, labels)
+    assert study_findings.variations(slow).claims[-1].startswith(
+        'The times of MHA and MLA 32 until a head is above 0.4 (learning rate 1e-3) differ: '
+        'medians 600 and 900, log-rank p < 0.001, 8 and 8 seeds')
 
 
 def test_the_cells_of_the_repository_are_those_of_a_night():
