@@ -63,38 +63,44 @@ def learning(study):
     return finding
 
 
-def algorithms(study):
-    """Which circuit each attention ends in."""
-    names = study.present()
-    finding = Finding('Which circuit copies', 'circuits')
-    figure = Figure(figsize=(9, 0.8 + 0.36 * len(names)), layout='constrained')
+def shares_of_circuits(groups):
+    """A picture of how often each circuit is the end, from lists of circuits by label."""
+    figure = Figure(figsize=(9, 0.8 + 0.36 * len(groups)), layout='constrained')
     ax = figure.subplots()
-    finding.rows = [['attention', 'seeds', *ALGORITHMS, 'shifts', 'a head above 0.8 (95 %)']]
-    for place, name in enumerate(names):
-        circuits = [cell['circuit'] for cell in study.of(name).values()]
-        counts = {key: sum(c['algorithm'] == key for c in circuits) for key in ALGORITHMS}
+    for place, circuits in enumerate(groups.values()):
         left = 0
         for key, colour in ALGORITHMS.items():
-            part = counts[key] / len(circuits)
+            count = sum(c['algorithm'] == key for c in circuits)
+            part = count / len(circuits)
             ax.barh(place, part, left=left, color=colour, edgecolor='white',
                     label=key if place == 0 else None)
-            if counts[key]:
-                ax.text(left + part / 2, place, counts[key], ha='center', va='center', fontsize=8,
+            if count:
+                ax.text(left + part / 2, place, count, ha='center', va='center', fontsize=8,
                         color='white' if key == 'classical' else 'black')
             left += part
-        shifts = sorted(c['shift'] for c in circuits if c['algorithm'] == 'shifted')
-        finding.rows.append([study.labels[name], len(circuits), *counts.values(),
-                             ', '.join(map(str, shifts)) or '-',
-                             share([c['score'] > 0.8 for c in circuits]).text('{:.0%}')])
-    ax.set_yticks(range(len(names)), [study.labels[name] for name in names], fontsize=8)
+    ax.set_yticks(range(len(groups)), groups, fontsize=8)
     ax.invert_yaxis()
     ax.set(xlim=(0, 1), xlabel='share of the seeds')
     ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
-    finding.figure = figure
-    for name in names:
+    return figure
+
+
+def algorithms(study):
+    """Which circuit each attention ends in."""
+    finding = Finding('Which circuit copies', 'circuits')
+    finding.rows = [['attention', 'seeds', *ALGORITHMS, 'shifts', 'a head above 0.8 (95 %)']]
+    groups = {}
+    for name in study.present():
+        groups[study.labels[name]] = circuits = [c['circuit'] for c in study.of(name).values()]
+        shifts = sorted(c['shift'] for c in circuits if c['algorithm'] == 'shifted')
+        finding.rows.append([study.labels[name], len(circuits),
+                             *(sum(c['algorithm'] == key for c in circuits) for key in ALGORITHMS),
+                             ', '.join(map(str, shifts)) or '-',
+                             share([c['score'] > 0.8 for c in circuits]).text('{:.0%}')])
         mha, other = study.pairs('mha', name)
         if name not in PARAMETRISED and len(mha) >= PAIRS:
             finding.claims += circuit_claims(study.labels[name], 'MHA', other, mha)
+    finding.figure = shares_of_circuits(groups)
     return finding
 
 
@@ -380,7 +386,7 @@ def circuit_claims(label, before, cells, others, where=''):
     return claims
 
 
-RECIPES = {'': 'as it is', 'mlp': 'with MLPs', 'mlp_slow': 'with MLPs, learning rate 1e-3',
+RECIPES = {'': 'the recipe', 'mlp': 'with MLPs', 'mlp_slow': 'with MLPs, learning rate 1e-3',
            'base10000': 'rotary base 10,000', 'slow': 'learning rate 1e-3',
            'fast': 'learning rate 1e-2', 'wide': '128 wide',
            'wide_slow': '128 wide, learning rate 1.5e-3'}
@@ -388,7 +394,7 @@ LATE = [  # (attention, recipe), and those with which it is compared
     (('decoupled16', ''), None), (('decoupled32', ''), None),
     (('decoupled48', ''), ('decoupled16', '')), (('normed48', ''), ('decoupled48', '')),
     (('loud48', ''), ('decoupled48', '')), (('decoupled48', 'slow'), ('decoupled48', '')),
-    (('decoupled48', 'wide'), ('decoupled48', '')), (('decoupled32', 'slow'), ('decoupled32', '')),
+    (('decoupled32', 'slow'), ('decoupled32', '')),
     (('normed32', ''), ('decoupled32', '')),
     (('decoupled16', 'mlp'), ('decoupled16', '')), (('normed16', 'mlp'), ('decoupled16', 'mlp')),
     (('decoupled16', 'mlp_slow'), ('decoupled16', 'mlp'))]
@@ -525,25 +531,38 @@ def variations(study):
     finding = Finding('Does it depend on the recipe', 'recipe')
     finding.rows = [['recipe', 'attention', 'seeds', 'classical', 'shifted',
                      'copies, median (lowest to highest)', 'formed', 'median iteration']]
-    for variation in ('mlp', 'base10000', 'slow', 'fast', 'wide', 'wide_slow'):
+    groups, varied = {}, ('mlp', 'base10000', 'slow', 'fast', 'wide', 'wide_slow')
+    for variation in ('', *varied) if any(map(study.present, varied)) else ():
         text = RECIPES[variation]
         for name in [name for name in MAIN if study.of(name, variation)]:
-            cells = study.of(name, variation)
-            kinds = [c['circuit']['algorithm'] for c in cells.values()]
+            label, cells = study.labels[name], study.of(name, variation)
+            circuits = [c['circuit'] for c in cells.values()]
+            groups[f'{label}, {text}'] = circuits
             found = survival(*times_and_ends(cells))
             finding.rows.append([
-                text, study.labels[name], len(cells), kinds.count('classical'),
-                kinds.count('shifted'),
-                spread([c['circuit']['accuracy'] for c in cells.values()]), found.events,
-                iteration(found.median)])
-            mha, other = study.pairs('mha', name, variation)
-            if name != 'mha' and len(mha) >= PAIRS:
-                finding.claims += circuit_claims(study.labels[name], 'MHA', other, mha,
-                                                 f' ({text})')
-                finding.claims += times_claim(
-                    study.labels[name], *times_and_ends(study.of('mha', variation)),
-                    *times_and_ends(cells), f' ({text})')
+                text, label, len(cells),
+                *(sum(c['algorithm'] == key for c in circuits) for key in ('classical', 'shifted')),
+                spread([c['accuracy'] for c in circuits]), found.events, iteration(found.median)])
+            if variation:
+                finding.claims += variation_claims(study, name, variation)
+    if groups:
+        finding.figure = shares_of_circuits(groups)
     return finding
+
+
+def variation_claims(study, name, variation):
+    """The sentences on an attention with another recipe: beside MHA with it, and beside itself."""
+    label, text, cells = study.labels[name], RECIPES[variation], study.of(name, variation)
+    claims = []
+    mha, other = study.pairs('mha', name, variation)
+    if name != 'mha' and len(mha) >= PAIRS:
+        claims += circuit_claims(label, 'MHA', other, mha, f' ({text})')
+        claims += times_claim(label, *times_and_ends(study.of('mha', variation)),
+                              *times_and_ends(cells), f' ({text})')
+    varied, same = of_shared_seeds(cells, study.of(name))
+    if len(same) >= PAIRS:
+        claims += circuit_claims(f'{label} ({text})', f"{label} ({RECIPES['']})", varied, same)
+    return claims
 
 
 FINDINGS = (algorithms, variations, parametrisation, times, birth, latent, law, late, surgery,
