@@ -394,8 +394,8 @@ LATE = [  # (attention, recipe), and those with which it is compared
     (('decoupled16', ''), None), (('decoupled32', ''), None),
     (('decoupled48', ''), ('decoupled16', '')), (('normed48', ''), ('decoupled48', '')),
     (('loud48', ''), ('decoupled48', '')), (('decoupled48', 'slow'), ('decoupled48', '')),
+    (('decoupled48', 'wide_slow'), ('decoupled48', '')),
     (('decoupled32', 'slow'), ('decoupled32', '')),
-    (('normed32', ''), ('decoupled32', '')),
     (('decoupled16', 'mlp'), ('decoupled16', '')), (('normed16', 'mlp'), ('decoupled16', 'mlp')),
     (('decoupled16', 'mlp_slow'), ('decoupled16', 'mlp'))]
 

@@ -47,7 +47,7 @@ ATTENTIONS = {
                  n_query_latent=32, **DECOUPLED),
     # what makes a wide decoupled latent late
     **{f'normed{n}': mla(f'MLA {n} decoupled, norm', n, latent_norm=True, **DECOUPLED)
-       for n in (16, 32, 48)},
+       for n in (16, 48)},
     'loud48': mla('MLA 48 decoupled, large rotary key', 48, GPT_LoudRotaryKey, **DECOUPLED),
     'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
     'mla_learned': mla('MLA 32, learned positions', 32, rotary='none'),
@@ -122,11 +122,12 @@ QUESTIONS = {
     'least': [*grid(['mla2', 'mla4', 'mla8'], range(1, 4)), *grid(['mla12', 'mla24'], [1, 2]),
               *grid(LATENTS, [1, 2], COPIED), *grid(LATENTS, [1], [*MISSED, 'vocabulary16']),
               *grid(LATENTS, [2], ['width96', 'vocabulary1024']),
+              *grid(['mla4'], [1, 2], ['wide_slow']),
               *grid(['mla32'], [1], [*MISSED, 'narrow_long', 'wide_slow']),
               *grid(['mla48'], [1], ['width96', 'wide', 'wide_slow', 'vocabulary1024'])],
     'late': [*grid(['decoupled16', 'decoupled32', 'decoupled48'], range(1, 21)),
              *grid(['normed48', 'loud48'], range(1, 9)),
-             *grid(['decoupled48'], range(1, 6), ['slow']),
+             *grid(['decoupled48'], range(1, 6), ['slow', 'wide_slow']),
              *grid(['decoupled32'], range(1, 21), ['slow']),
              *grid(['decoupled16', 'normed16'], range(1, 6), ['mlp']),
              *grid(['decoupled16'], range(1, 6), ['mlp_slow'])],
