@@ -396,6 +396,7 @@ LATE = [  # (attention, recipe), and those with which it is compared
     (('loud48', ''), ('decoupled48', '')), (('decoupled48', 'slow'), ('decoupled48', '')),
     (('decoupled48', 'wide_slow'), ('decoupled48', '')),
     (('decoupled32', 'slow'), ('decoupled32', '')),
+    (('normed32', ''), ('decoupled32', '')),
     (('decoupled16', 'mlp'), ('decoupled16', '')), (('normed16', 'mlp'), ('decoupled16', 'mlp')),
     (('decoupled16', 'mlp_slow'), ('decoupled16', 'mlp'))]
 

@@ -47,7 +47,7 @@ ATTENTIONS = {
                  n_query_latent=32, **DECOUPLED),
     # what makes a wide decoupled latent late
     **{f'normed{n}': mla(f'MLA {n} decoupled, norm', n, latent_norm=True, **DECOUPLED)
-       for n in (16, 48)},
+       for n in (16, 32, 48)},
     'loud48': mla('MLA 48 decoupled, large rotary key', 48, GPT_LoudRotaryKey, **DECOUPLED),
     'mha_learned': Attention('MHA, learned positions', settings=(('rotary', 'none'),)),
     'mla_learned': mla('MLA 32, learned positions', 32, rotary='none'),
@@ -126,7 +126,7 @@ QUESTIONS = {
               *grid(['mla32'], [1], [*MISSED, 'narrow_long', 'wide_slow']),
               *grid(['mla48'], [1], ['width96', 'wide', 'wide_slow', 'vocabulary1024'])],
     'late': [*grid(['decoupled16', 'decoupled32', 'decoupled48'], range(1, 21)),
-             *grid(['normed48', 'loud48'], range(1, 9)),
+             *grid(['normed32', 'normed48'], range(1, 21)), *grid(['loud48'], range(1, 9)),
              *grid(['decoupled48'], range(1, 6), ['slow', 'wide_slow']),
              *grid(['decoupled32'], range(1, 21), ['slow']),
              *grid(['decoupled16', 'normed16'], range(1, 6), ['mlp']),
