@@ -142,7 +142,7 @@ QUESTIONS = {
 }
 PRESETS = {
     'minute': grid(['mha', 'decoupled32'], [1]),
-    'evening': [*grid(MAIN, range(1, 11)), *grid([*OTHERS, 'separate'], range(1, 6)),
+    'evening': [*grid(MAIN, range(1, 11)), *grid(['gqa', *OTHERS, 'separate'], range(1, 6)),
                 *grid(LEARNED, [1, 2]), *grid(['mla2', 'mla4', 'mla8'], range(1, 4)),
                 *grid(['mha_learned', 'mha'], [1], ['period', 'cycle'])],
 }
