@@ -15,7 +15,7 @@ from analysis.development import first_above
 
 ALGORITHMS = {'classical': '#0072B2', 'shifted': '#E69F00', 'unnamed': '#999999', 'none': '#dddddd'}
 STYLES = [('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#000000', ':')]  # of curves
-MAIN = ['mha', 'mla32', 'decoupled32']  # of which curves are drawn: more could not be told apart
+MAIN = ['mha', 'mla32', 'decoupled32']  # in curves, recipes and surgery; the tables have all
 FORMED = 0.4  # attention of a head at its best shift from which induction has formed
 NOTHING = 'No difference seen'
 PAIRS = 3  # pairs of seeds from which a difference is spoken of

@@ -64,14 +64,14 @@ def learning(study):
 
 
 def shares_of_circuits(groups):
-    """A picture of how often each circuit is the end, from lists of circuits by label."""
+    """A picture of how often each circuit is the end, from lists of ALGORITHMS by label."""
     figure = Figure(figsize=(9, 0.8 + 0.36 * len(groups)), layout='constrained')
     ax = figure.subplots()
-    for place, circuits in enumerate(groups.values()):
+    for place, kinds in enumerate(groups.values()):
         left = 0
         for key, colour in ALGORITHMS.items():
-            count = sum(c['algorithm'] == key for c in circuits)
-            part = count / len(circuits)
+            count = kinds.count(key)
+            part = count / len(kinds)
             ax.barh(place, part, left=left, color=colour, edgecolor='white',
                     label=key if place == 0 else None)
             if count:
@@ -91,10 +91,10 @@ def algorithms(study):
     finding.rows = [['attention', 'seeds', *ALGORITHMS, 'shifts', 'a head above 0.8 (95 %)']]
     groups = {}
     for name in study.present():
-        groups[study.labels[name]] = circuits = [c['circuit'] for c in study.of(name).values()]
+        circuits = [c['circuit'] for c in study.of(name).values()]
+        groups[study.labels[name]] = kinds = [c['algorithm'] for c in circuits]
         shifts = sorted(c['shift'] for c in circuits if c['algorithm'] == 'shifted')
-        finding.rows.append([study.labels[name], len(circuits),
-                             *(sum(c['algorithm'] == key for c in circuits) for key in ALGORITHMS),
+        finding.rows.append([study.labels[name], len(circuits), *map(kinds.count, ALGORITHMS),
                              ', '.join(map(str, shifts)) or '-',
                              share([c['score'] > 0.8 for c in circuits]).text('{:.0%}')])
         mha, other = study.pairs('mha', name)
@@ -412,7 +412,7 @@ def late(study):
         if not cells:
             continue
         times[one] = {seed: emergence(c) for seed, c in cells.items()}
-        found = survival([*times[one].values()], [c['max_iters'] for c in cells.values()])
+        found = survival(*times_and_ends(cells))
         finding.rows.append([
             study.labels[one[0]], RECIPES[one[1]], len(cells), found.events,
             iteration(found.median),
@@ -538,11 +538,10 @@ def variations(study):
         for name in [name for name in MAIN if study.of(name, variation)]:
             label, cells = study.labels[name], study.of(name, variation)
             circuits = [c['circuit'] for c in cells.values()]
-            groups[f'{label}, {text}'] = circuits
+            groups[f'{label}, {text}'] = kinds = [c['algorithm'] for c in circuits]
             found = survival(*times_and_ends(cells))
             finding.rows.append([
-                text, label, len(cells),
-                *(sum(c['algorithm'] == key for c in circuits) for key in ('classical', 'shifted')),
+                text, label, len(cells), kinds.count('classical'), kinds.count('shifted'),
                 spread([c['accuracy'] for c in circuits]), found.events, iteration(found.median)])
             if variation:
                 finding.claims += variation_claims(study, name, variation)

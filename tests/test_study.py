@@ -166,6 +166,9 @@ def test_the_interval_of_paired_shares_covers():
 # sentences
 
 
+LABELS = {name: attention.label for name, attention in study.ATTENTIONS.items()}
+
+
 def cell(algorithm='classical', at=1000, shift=1, accuracy=0.95):
     iters = list(range(100, 3001, 100))
     rises = [0.9 if at is not None and i >= at else 0.1 for i in iters]
@@ -180,9 +183,8 @@ def cell(algorithm='classical', at=1000, shift=1, accuracy=0.95):
 
 
 def of_cells(**cells):
-    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
     return study_cells.Study({(name, ''): dict(enumerate(found)) for name, found in cells.items()},
-                              {}, labels)
+                              {}, LABELS)
 
 
 def test_a_difference_is_said_where_its_interval_excludes_zero_alone():
@@ -209,9 +211,8 @@ def test_runs_that_never_form_count_in_the_times():
     assert 'do not differ visibly: medians 1,000 and 1,000,' in same.claims[0]
     never = [cell(at=None, algorithm='none')] * 4
     assert study_findings.times(of_cells(mha=never, mla32=never)).claims == []
-    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
     slow = study_cells.Study({('mha', 'slow'): dict(enumerate([cell(at=600)] * 8)),
-                              ('mla32', 'slow'): dict(enumerate([cell(at=900)] * 8))}, {}, labels)
+                              ('mla32', 'slow'): dict(enumerate([cell(at=900)] * 8))}, {}, LABELS)
     assert study_findings.variations(slow).claims[-1].startswith(
         'The times of MHA and MLA 32 until a head is above 0.4 (learning rate 1e-3) differ: '
         'medians 600 and 900, log-rank p < 0.001, 8 and 8 seeds')
@@ -276,8 +277,7 @@ def test_the_law_of_the_least_latent():
         for n in (4, 8, 12, 16, 24, 32):
             copies = 'classical' if n >= 1.5 * vocabulary ** 0.5 else 'none'
             cells[f'mla{n}', size] = {seed: cell(algorithm=copies) for seed in (1, 2)}
-    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
-    found = study_cells.Study(cells, {}, labels)
+    found = study_cells.Study(cells, {}, LABELS)
     assert study_findings.least_latents(found, '') == {1: (8, 12), 2: (8, 12)}
     assert study_findings.least_latents(found, 'vocabulary256') == {1: (16, 24), 2: (16, 24)}
     heads, vocabulary, width, fitted = study_findings.law(found).claims
@@ -286,17 +286,17 @@ def test_the_law_of_the_least_latent():
     assert fitted.startswith('The fitted law is')
     unknown = study_cells.Study({(f'mla{n}', ''): {1: cell(), 2: cell(algorithm='none'),
                                                    **({3: cell()} if n > 8 else {})}
-                                 for n in (4, 8, 12, 16, 24)}, {}, labels)
+                                 for n in (4, 8, 12, 16, 24)}, {}, LABELS)
     assert study_findings.least_latents(unknown, '') == {1: None, 2: None}
     assert study_findings.law(unknown).claims == []
     none = study_cells.Study({('mha', 'wide'): {seed: cell() for seed in range(3)}, **{
         (f'mla{n}', 'wide'): {seed: cell(algorithm='none') for seed in range(3)}
-        for n in (8, 12, 16, 24)}}, {}, labels)
+        for n in (8, 12, 16, 24)}}, {}, LABELS)
     claim, = study_findings.law(none).claims
     assert claim == ('With number of heads 4, vocabulary 64, width 128 and learning rate 0.003 MHA '
                      'copies within 3,000 iterations, and MLA with n_latent 8 to 24 does not; '
                      '3 and 3 seeds.')
-    one_size = study_cells.Study({key: of for key, of in cells.items() if key[1] == ''}, {}, labels)
+    one_size = study_cells.Study({key: of for key, of in cells.items() if key[1] == ''}, {}, LABELS)
     claims = study_findings.law(one_size).claims
     assert len(claims) == 3 and all('is not known' in claim for claim in claims)
 
@@ -306,8 +306,7 @@ def test_the_ladder_says_whether_a_published_sign_comes_out():
             'decoupled24': [2.0, 2.3, 2.0]}
     cells = {(name, 'plays'): {seed: {'bits_per_byte': b, 'cached': 32, 'parameters': 1000}
                                for seed, b in enumerate(of)} for name, of in bits.items()}
-    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
-    finding = ladder(study_cells.Study(cells, {}, labels), 'plays')
+    finding = ladder(study_cells.Study(cells, {}, LABELS), 'plays')
     rotary, latent, decoupled = finding.claims
     assert 'needs more bits than MHA (no rotary positions): +0.2033' in rotary
     assert rotary.endswith('more. It comes out here.')
@@ -325,10 +324,9 @@ def reader(excess, random, alone):
 
 
 def test_what_heads_do_in_a_text():
-    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
     cells = {('mha', 'reading'): {i: reader(0.3 + i / 100, 0.8, 0.5 + i / 100) for i in range(3)},
              ('mla32', 'reading'): {i: reader(0.01 * i, 0.1, i - 1.0) for i in range(3)}}
-    finding = in_text(study_cells.Study(cells, {}, labels))
+    finding = in_text(study_cells.Study(cells, {}, LABELS))
     formed, attends, needed, *others = finding.claims
     assert formed.startswith('On random tokens MHA has a head above 0.4 in 3 of 3 runs')
     assert 'more than its mean pattern' in attends and '+0.310' in attends
@@ -344,8 +342,7 @@ def test_the_report_is_one_page(tmp_path):
             (tmp_path / 'cells').mkdir(exist_ok=True)
             (tmp_path / 'cells' / f'{name}-{seed}.json').write_text(json.dumps(
                 {'cell': {'attention': name, 'seed': seed, 'variation': ''}, **found}))
-    labels = {name: attention.label for name, attention in study.ATTENTIONS.items()}
-    page = study_report.write_report(tmp_path, labels, 'python study.py').read_text()
+    page = study_report.write_report(tmp_path, LABELS, 'python study.py').read_text()
     assert 'MLA 32 decoupled ends in the classical circuit more often' in page
     assert 'src="http' not in page and page.count('data:image/png') >= 3
     assert 'What this does not show' in page and (tmp_path / 'which_circuit_copies.png').exists()
