@@ -222,7 +222,8 @@ def main():
         for kind in ('cells', 'surgery'):
             (Path(config.out_dir) / kind).mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if not is_done(cell, config)]
-    print(f'{len(cells)} cells, {len(missing)} to train, {config.max_iters:,} iterations each')
+    iterations = sum(cell.iterations(config.max_iters) for cell in missing)
+    print(f'{len(cells)} cells, {len(missing)} to train, {iterations:,} iterations')
     if missing and not config.only_report:
         prepare(missing, config.out_dir)
         train_cells(missing, config)

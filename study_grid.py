@@ -41,10 +41,11 @@ ATTENTIONS = {
     'rotated': mla('MHA in other axes', 128, control('rotated', 'rotated')),
     # rungs from MLA to DeepSeek's, of one cache: latent and rotary key are 32 numbers
     'decoupled24': mla('MLA 24 decoupled', 24, **DECOUPLED),
-    'norm': mla('decoupled, norm', 24, latent_norm=True, **DECOUPLED),
-    'scale': mla('decoupled, norm, scale', 24, latent_norm=True, latent_scale=True, **DECOUPLED),
-    'query': mla('decoupled, norm, scale, query latent', 24, latent_norm=True, latent_scale=True,
-                 n_query_latent=32, **DECOUPLED),
+    'norm': mla('MLA 24 decoupled, norm', 24, latent_norm=True, **DECOUPLED),
+    'scale': mla('MLA 24 decoupled, norm, scale', 24, latent_norm=True, latent_scale=True,
+                 **DECOUPLED),
+    'query': mla('MLA 24 decoupled, norm, scale, query latent', 24, latent_norm=True,
+                 latent_scale=True, n_query_latent=32, **DECOUPLED),
     # what makes a wide decoupled latent late
     **{f'normed{n}': mla(f'MLA {n} decoupled, norm', n, latent_norm=True, **DECOUPLED)
        for n in (16, 32, 48)},

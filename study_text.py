@@ -3,9 +3,10 @@ What the study finds about text: a function for each question, which makes a Fin
 """
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from analysis.statistics import mean, paired
-from study_cells import FORMED, PAIRS, Finding, compared, of_shared_seeds, spread
+from study_cells import FORMED, PAIRS, STYLES, Finding, compared, of_shared_seeds, spread
 
 TEXTS = {'characters': 'characters of Shakespeare', 'plays': 'byte pairs of all his plays'}
 READING = 'reading'  # the variation that reads a text for long
@@ -39,12 +40,15 @@ def ladder(study, text):
     finding = Finding(f'The ladder, on {TEXTS[text]}', 'ladder')
     finding.rows = [['attention', 'cached, per token and layer', 'parameters', 'seeds',
                      'bits per byte (95 %)']]
+    bits = {}
     for name in LADDER:
         cells = [*study.of(name, text).values()]
         if cells:
-            finding.rows.append([
-                study.labels[name], cells[0]['cached'], f"{cells[0]['parameters']:,}", len(cells),
-                mean([c['bits_per_byte'] for c in cells]).text('{:.4f}')])
+            cached, found = cells[0]['cached'], mean([c['bits_per_byte'] for c in cells])
+            bits[f'{study.labels[name]}  ({cached})'] = found
+            finding.rows.append([study.labels[name], cached, f"{cells[0]['parameters']:,}",
+                                 len(cells), found.text('{:.4f}')])
+    finding.figure = bits_of_each(bits)
     for before, after, what, published in STEPS:
         a, b = study.pairs(after, before, text)
         if len(a) < PAIRS:
@@ -63,6 +67,23 @@ def ladder(study, text):
     return finding
 
 
+def bits_of_each(bits):
+    """A picture of Estimates of bits per byte by label."""
+    figure = Figure(figsize=(8, 0.9 + 0.3 * len(bits)), layout='constrained')
+    ax = figure.subplots()
+    for place, found in enumerate(bits.values()):
+        # the interval of one run is not known
+        ends = [found.value - found.low, found.high - found.value] if found.n > 1 else [0, 0]
+        ax.errorbar(found.value, place, xerr=[[end] for end in ends], fmt='o', ms=5, capsize=3,
+                    color='#0072B2')
+    ax.set_yticks(range(len(bits)), bits, fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel('bits per byte, mean and 95 % interval over seeds\n'
+                  'in brackets: numbers cached per token and layer')
+    ax.grid(alpha=0.3)
+    return figure
+
+
 def best_in_text(cell):
     """Of the head behind the first layer that attends most in a text to what followed the same
     token, beyond what places give: how much that is, its best score on random tokens, and how much
@@ -74,12 +95,28 @@ def best_in_text(cell):
     return excess[at], found['random'].max(), found['alone'][at]
 
 
+def formed_in_text(study):
+    """A picture of the best head on random tokens while a text is read, of each run."""
+    figure = Figure(figsize=(8, 3.6), layout='constrained')
+    ax = figure.subplots()
+    for name, (colour, line) in zip(study.present(READING), STYLES):
+        for i, cell in enumerate(study.of(name, READING).values()):
+            formed = cell['development']
+            ax.plot(formed['iters'], formed['scores']['induction'], line, lw=1.4, color=colour,
+                    label=None if i else study.labels[name])
+    ax.axhline(FORMED, color='black', lw=0.8, ls=':', label='from here on it has formed')
+    ax.set(xlabel='iteration', ylabel='attention of the best head to its shift', ylim=(-0.02, 1.02))
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    return figure
+
+
 def in_text(study):
     """Whether induction heads form in a text, and what they do there."""
     finding = Finding('Induction in a text', 'reading')
     finding.rows = [['attention', 'seeds', 'bits per byte (95 %)', 'best head on random tokens',
                      'attention in the text beyond places', 'difference without that head, nats']]
-    excess = {}
+    excess, finding.figure = {}, formed_in_text(study)
     for name in study.present(READING):
         cells = study.of(name, READING)
         found = {seed: best_in_text(cell) for seed, cell in cells.items()}

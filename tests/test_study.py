@@ -320,7 +320,8 @@ def reader(excess, random, alone):
     attention[1, 1], attention[0, 0] = 0.1 + excess, 0.9  # a first layer does no induction
     return {'bits_per_byte': 2.0, 'in_text': {
         'attention': attention.tolist(), 'expected': [[0.1, 0.1], [0.1, 0.1]],
-        'random': [[0.99, 0.0], [random, 0.0]], 'alone': [[9.0, 9.0], [9.0, alone]]}}
+        'random': [[0.99, 0.0], [random, 0.0]], 'alone': [[9.0, 9.0], [9.0, alone]]},
+        'development': {'iters': [0, 500], 'scores': {'induction': [0.0, random]}}}
 
 
 def test_what_heads_do_in_a_text():
@@ -334,6 +335,8 @@ def test_what_heads_do_in_a_text():
     assert 'in 0 of 3 runs; the best head scores 0.100' in others[0]
     assert all(claim.startswith('No difference seen') for claim in others[1:3])
     assert others[3].startswith('MLA 32 attends less to what followed') and '-0.300' in others[3]
+    *curves, threshold = finding.figure.axes[0].lines
+    assert [curve.get_ydata()[-1] for curve in curves] == [0.8] * 3 + [0.1] * 3
 
 
 def test_the_report_is_one_page(tmp_path):
