@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.development import first_above
+from analysis.statistics import paired_shares
 
 ALGORITHMS = {'classical': '#0072B2', 'shifted': '#E69F00', 'unnamed': '#999999', 'none': '#dddddd'}
 STYLES = [('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#000000', ':')]  # of curves
@@ -19,6 +20,7 @@ MAIN = ['mha', 'mla32', 'decoupled32']  # in curves, recipes and surgery; the ta
 FORMED = 0.4  # attention of a head at its best shift from which induction has formed
 NOTHING = 'No difference seen'
 PAIRS = 3  # pairs of seeds from which a difference is spoken of
+PAIRS_OF_SHARES = 5  # and one of shares: no test can tell fewer, even where all pairs differ
 
 
 @dataclass
@@ -91,6 +93,14 @@ def compared(estimate, more, less, same, form='{:+.2f}', of='pairs of seeds'):
     which of three it is."""
     sentence = {1: more, -1: less, 0: f'{NOTHING}: {same}'}[estimate.sign()]
     return f'{sentence}: {estimate.text(form)}, {estimate.n} {of}.'
+
+
+def compared_shares(a, b, more, less, same):
+    """The sentence on how often something is true of paired runs, two lists, in a list: an empty
+    one where there are few."""
+    if len(a) < PAIRS_OF_SHARES:
+        return []
+    return [compared(paired_shares(a, b), more, less, same, '{:+.0%}')]
 
 
 def spread(values, form='{:.3f}'):

@@ -13,7 +13,6 @@ from analysis.statistics import (
     logrank_p,
     mean,
     paired,
-    paired_shares,
     share,
     survival,
 )
@@ -25,6 +24,7 @@ from study_cells import (
     STYLES,
     Finding,
     compared,
+    compared_shares,
     copies_well,
     emergence,
     is_classical,
@@ -88,7 +88,8 @@ def shares_of_circuits(groups):
 def algorithms(study):
     """Which circuit each attention ends in."""
     finding = Finding('Which circuit copies', 'circuits')
-    finding.rows = [['attention', 'seeds', *ALGORITHMS, 'shifts', 'a head above 0.8 (95 %)']]
+    finding.rows = [['attention', 'seeds', *ALGORITHMS, 'shifts', 'a head above 0.8 (95 %)',
+                     'has a duplicate-token head']]
     groups = {}
     for name in study.present():
         circuits = [c['circuit'] for c in study.of(name).values()]
@@ -96,12 +97,24 @@ def algorithms(study):
         shifts = sorted(c['shift'] for c in circuits if c['algorithm'] == 'shifted')
         finding.rows.append([study.labels[name], len(circuits), *map(kinds.count, ALGORITHMS),
                              ', '.join(map(str, shifts)) or '-',
-                             share([c['score'] > 0.8 for c in circuits]).text('{:.0%}')])
+                             share([c['score'] > 0.8 for c in circuits]).text('{:.0%}'),
+                             sum(bool(c['duplicates']) for c in circuits)])
         mha, other = study.pairs('mha', name)
-        if name not in PARAMETRISED and len(mha) >= PAIRS:
+        if name not in PARAMETRISED:
             finding.claims += circuit_claims(study.labels[name], 'MHA', other, mha)
+            finding.claims += duplicates_claim(study.labels[name], other, mha)
     finding.figure = shares_of_circuits(groups)
     return finding
+
+
+def duplicates_claim(label, cells, mha):
+    """The sentence on how often an attention and MHA have a head that attends to the first
+    occurrence itself, in a list."""
+    return compared_shares(
+        *([bool(c['circuit']['duplicates']) for c in of] for of in (cells, mha)),
+        f'{label} has a duplicate-token head more often than MHA',
+        f'{label} has a duplicate-token head less often than MHA',
+        f'how often {label} has a duplicate-token head less how often MHA does')
 
 
 def times(study):
@@ -364,11 +377,10 @@ def parametrisation(study):
             share([kind == 'classical' for kind in kinds]).text('{:.0%}'),
             kinds.count('shifted'), kinds.count('unnamed'), kinds.count('none')])
         mha, other = study.pairs('mha', name)
-        if name != 'mha' and len(mha) >= PAIRS:
+        if name != 'mha':
             finding.claims += circuit_claims(study.labels[name], 'MHA', other, mha)
-    keys, values = study.pairs('keys', 'values')
-    if len(keys) >= PAIRS:
-        finding.claims += circuit_claims(study.labels['keys'], study.labels['values'], keys, values)
+    finding.claims += circuit_claims(study.labels['keys'], study.labels['values'],
+                                     *study.pairs('keys', 'values'))
     return finding
 
 
@@ -376,13 +388,12 @@ def circuit_claims(label, before, cells, others, where=''):
     """The sentences on how often two attentions, of paired cells, end in each circuit."""
     claims = []
     for kind in ('classical', 'shifted'):
-        ends = paired_shares(*([c['circuit']['algorithm'] == kind for c in of]
-                               for of in (cells, others)))
         circuit = ('the classical circuit' if kind == 'classical' else 'a shifted one') + where
-        claims.append(compared(ends, f'{label} ends in {circuit} more often than {before}',
-                               f'{label} ends in {circuit} less often than {before}',
-                               f'how often {label} ends in {circuit} less how often {before} does',
-                               '{:+.0%}'))
+        claims += compared_shares(
+            *([c['circuit']['algorithm'] == kind for c in of] for of in (cells, others)),
+            f'{label} ends in {circuit} more often than {before}',
+            f'{label} ends in {circuit} less often than {before}',
+            f'how often {label} ends in {circuit} less how often {before} does')
     return claims
 
 
@@ -418,15 +429,15 @@ def late(study):
             iteration(found.median),
             spread([c['circuit']['accuracy'] for c in cells.values()])])
         pairs = of_shared_seeds(times[one], times.get(other, {}))
-        if len(pairs[0]) < PAIRS:
+        if not other:
             continue
         label, before = (study.labels[name] + f', {RECIPES[recipe]}' * bool(recipe)
                          for name, recipe in (one, other))
-        finding.claims.append(compared(
-            paired_shares(*([time is not None for time in of] for of in pairs)),
+        finding.claims += compared_shares(
+            *([time is not None for time in of] for of in pairs),
             f'{label} forms induction more often than {before}',
             f'{label} forms induction less often than {before}',
-            f'how often {label} forms induction less how often {before} does', '{:+.0%}'))
+            f'how often {label} forms induction less how often {before} does')
     ends = {True: [], False: []}
     for cell in (cell for (name, recipe), _ in LATE for cell in study.of(name, recipe).values()):
         ends[copies_well(cell)].append(cell['development']['scores']['previous'][-1])
@@ -555,14 +566,12 @@ def variation_claims(study, name, variation):
     label, text, cells = study.labels[name], RECIPES[variation], study.of(name, variation)
     claims = []
     mha, other = study.pairs('mha', name, variation)
-    if name != 'mha' and len(mha) >= PAIRS:
+    if name != 'mha':
         claims += circuit_claims(label, 'MHA', other, mha, f' ({text})')
         claims += times_claim(label, *times_and_ends(study.of('mha', variation)),
                               *times_and_ends(cells), f' ({text})')
     varied, same = of_shared_seeds(cells, study.of(name))
-    if len(same) >= PAIRS:
-        claims += circuit_claims(f'{label} ({text})', f"{label} ({RECIPES['']})", varied, same)
-    return claims
+    return claims + circuit_claims(f'{label} ({text})', f"{label} ({RECIPES['']})", varied, same)
 
 
 FINDINGS = (algorithms, variations, parametrisation, times, birth, latent, law, late, surgery,

@@ -169,7 +169,7 @@ def test_the_interval_of_paired_shares_covers():
 LABELS = {name: attention.label for name, attention in study.ATTENTIONS.items()}
 
 
-def cell(algorithm='classical', at=1000, shift=1, accuracy=0.95):
+def cell(algorithm='classical', at=1000, shift=1, accuracy=0.95, duplicates=()):
     iters = list(range(100, 3001, 100))
     rises = [0.9 if at is not None and i >= at else 0.1 for i in iters]
     earlier = [0.9 if at is not None and i >= at - 200 else 0.1 for i in iters]
@@ -179,7 +179,7 @@ def cell(algorithm='classical', at=1000, shift=1, accuracy=0.95):
             'development': {'iters': iters, 'losses': [3.0] * len(iters), 'scores': scores},
             'circuit': {'algorithm': algorithm, 'shift': shift, 'accuracy': accuracy,
                         'chance': 1 / 64, 'score': rises[-1], 'without_named': 0.01,
-                        'without_others': 0.9, 'named': 4}}
+                        'without_others': 0.9, 'named': 4, 'duplicates': list(duplicates)}}
 
 
 def of_cells(**cells):
@@ -193,13 +193,23 @@ def test_a_difference_is_said_where_its_interval_excludes_zero_alone():
     for claim in study_findings.algorithms(alike).claims:
         assert claim.startswith('No difference seen') and '+0%' in claim and '10 pairs' in claim
     apart = of_cells(mha=[shifted] * 9 + [cell()], mla32=[cell()] * 10)
-    claim, other = study_findings.algorithms(apart).claims
+    claim, other, heads = study_findings.algorithms(apart).claims
     assert claim.startswith('MLA 32 ends in the classical circuit more often') and '+90%' in claim
     assert other.startswith('MLA 32 ends in a shifted one less often') and '-90%' in other
-    claim, _ = study_findings.algorithms(of_cells(mha=[cell()] * 10, mla32=[shifted] * 10)).claims
+    assert heads.startswith('No difference seen: how often MLA 32 has a duplicate-token head')
+    twice = of_cells(mha=[cell()] * 10, mla32=[cell('shifted', shift=4, duplicates=[[0, 1]])] * 10)
+    finding = study_findings.algorithms(twice)
+    claim, _, heads = finding.claims
     assert 'less often' in claim and '-100%' in claim
-    few = of_cells(mha=[shifted] * 2, mla32=[cell()] * 2)
-    assert study_findings.algorithms(few).claims == []
+    assert heads.startswith('MLA 32 has a duplicate-token head more often') and '+100%' in heads
+    assert [row[-1] for row in finding.rows[1:]] == [0, 10]
+
+
+def test_of_four_pairs_no_difference_of_shares_is_said():
+    """All may differ, and a test of signs still gives p = 0.125, or 0.0625 by the mid-p rule."""
+    for n, said in ((4, False), (5, True)):
+        claims = study_cells.compared_shares([True] * n, [False] * n, 'more', 'less', 'same')
+        assert bool(claims) == said == bool(claims and claims[0].startswith('more'))
 
 
 def test_runs_that_never_form_count_in_the_times():
@@ -341,7 +351,7 @@ def test_what_heads_do_in_a_text():
 
 def test_the_report_is_one_page(tmp_path):
     for name, found in (('mha', cell('shifted', shift=4)), ('decoupled32', cell())):
-        for seed in range(4):
+        for seed in range(5):
             (tmp_path / 'cells').mkdir(exist_ok=True)
             (tmp_path / 'cells' / f'{name}-{seed}.json').write_text(json.dumps(
                 {'cell': {'attention': name, 'seed': seed, 'variation': ''}, **found}))
