@@ -42,7 +42,8 @@ assets: .venv/installed data/shakespeare_char/meta.pkl
 		--prompt="To be, or not to be, that is the question" --out_dir=out_residual_space
 	cp out_residual_space/residual_trajectories.png assets/mlapca.png
 	$(RUN) study.py --preset=night --only_report --out_dir=study
-	cp study/which_circuit_copies.png assets/study_circuits.png
+	cp study/does_it_depend_on_the_recipe.png assets/study_circuits.png
+	cp study/the_ladder,_on_characters_of_shakespeare.png assets/study_ladder.png
 	cp study/when_induction_forms.png assets/study_times.png
 	cp study/how_few_directions_of_what_keys_and_values_read_are_needed.png assets/study_surgery.png
 

@@ -111,8 +111,8 @@ OTHERS = ['mla16', 'mla48', 'mla64', 'decoupled16', 'decoupled48']
 LEARNED = ['mha_learned', 'mla_learned']
 LATENTS = ['mha', 'mla8', 'mla12', 'mla16', 'mla24']  # among which the least latent is looked for
 # sizes with which MLA copies, and those with which it does not in as many iterations
-COPIED = ['heads2', 'heads8', 'vocabulary256', 'vocabulary1024_long', 'narrow_long', 'width96_slow',
-          'wide_slow']
+COPIED = ['heads2', 'heads8', 'vocabulary256', 'vocabulary1024_long', 'narrow_long']
+WIDER = ['width96_slow', 'wide_slow']
 MISSED = ['vocabulary1024', 'narrow', 'narrow_fast', 'width96', 'wide']
 QUESTIONS = {
     # which circuit, when, what first, through how many directions, and whether it is the cause
@@ -121,21 +121,21 @@ QUESTIONS = {
     'parametrisation': [*grid(['mha', 'rotated', 'mla64'], range(1, 21)),
                         *grid(['keys', 'values', 'separate'], range(1, 11))],
     'least': [*grid(['mla2', 'mla4', 'mla8'], range(1, 4)), *grid(['mla12', 'mla24'], [1, 2]),
-              *grid(LATENTS, [1, 2], COPIED), *grid(LATENTS, [1], [*MISSED, 'vocabulary16']),
-              *grid(LATENTS, [2], ['width96', 'vocabulary1024']),
-              *grid(['mla4'], [1, 2], ['wide_slow']),
+              *grid(LATENTS, [1, 2], COPIED),
+              *grid(LATENTS, [1], [*WIDER, *MISSED, 'vocabulary16']),
+              *grid(LATENTS[1:], [2], ['width96', 'vocabulary1024']),
+              *grid(['mla4'], [1], ['wide_slow']), *grid(['mla8'], [2], ['wide_slow']),
               *grid(['mla32'], [1], [*MISSED, 'narrow_long', 'wide_slow']),
               *grid(['mla48'], [1], ['width96', 'wide', 'wide_slow', 'vocabulary1024'])],
     'late': [*grid(['decoupled16', 'decoupled32', 'decoupled48'], range(1, 21)),
              *grid(['normed32', 'normed48'], range(1, 21)), *grid(['loud48'], range(1, 9)),
              *grid(['decoupled48'], range(1, 6), ['slow', 'wide_slow']),
              *grid(['decoupled32'], range(1, 21), ['slow']),
-             *grid(['decoupled16', 'normed16'], range(1, 6), ['mlp']),
-             *grid(['decoupled16'], range(1, 6), ['mlp_slow'])],
+             *grid(['decoupled16'], range(1, 11), ['mlp', 'mlp_slow']),
+             *grid(['normed16'], range(1, 6), ['mlp'])],
     'recipe': [*grid(MAIN, range(1, 11), ['mlp', 'slow']),
                *grid(['mha', 'mla32'], range(1, 11), ['base10000', 'wide_slow']),
-               *grid(['mha', 'mla32'], range(1, 6), ['fast']),
-               *grid(['mha', 'mla32'], range(1, 4), ['wide'])],
+               *grid(['mha', 'mla32'], range(1, 6), ['fast'])],
     'controls': grid(['mha_learned', 'mha'], range(1, 4), ['period', 'cycle']),
     'ladder': [*grid(LADDER, range(1, 4), ['characters']), *grid(RUNGS, [4, 5], ['characters']),
                *grid(RUNGS, range(1, 4), ['plays'])],
