@@ -147,6 +147,51 @@ def weights_into_heads(linear, n_head):
     return linear.weight.unflatten(0, (n_head, -1)).transpose(1, 2)
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum of the cross-entropies of the logits x W^T, of which n_rows are there at a time. The
+    forward pass computes the gradients of x and W too, since the logits are gone after it."""
+
+    @staticmethod
+    def forward(ctx, x, W, targets, n_rows, learns):
+        total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        dx, dW = (torch.zeros_like(t, dtype=total.dtype) if learns else None for t in (x, W))
+        for start in range(0, len(x), n_rows):
+            rows = slice(start, start + n_rows)
+            logits, known = F.linear(x[rows], W), targets[rows, None] != -1
+            log_p = F.log_softmax(logits, dim=-1, dtype=total.dtype)  # (n_rows, vocab_size)
+            wanted = targets[rows, None].clamp(min=0)
+            total -= (log_p.gather(1, wanted) * known).sum()
+            if learns:
+                # the gradient of the logits: p - 1 at the target, p elsewhere
+                minus_1 = torch.full_like(wanted, -1, dtype=total.dtype)
+                d = log_p.exp_().scatter_add_(1, wanted, minus_1).mul_(known).to(logits.dtype)
+                dx[rows] = d @ W
+                dW += d.T @ x[rows]
+        ctx.save_for_backward(dx, dW)
+        ctx.dtypes = x.dtype, W.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dW = (grad * d for d in ctx.saved_tensors)
+        return dx.to(ctx.dtypes[0]), dW.to(ctx.dtypes[1]), None, None, None
+
+
+def linear_cross_entropy(x, W, targets, max_logits):
+    """The mean of the cross-entropies in nats of the logits x W^T for x (N, n_embd), W (vocab_size,
+    n_embd) and targets (N,), -1 where there is none; 0 if all are. Not compiled, it has no more
+    than max_logits of them in memory at a time."""
+    # compiled by torch 2.13 for a CPU, the gradient of W lacked what embedding adds to it
+    if len(x) * len(W) > max_logits and not torch.compiler.is_compiling():
+        n_rows = max(1, max_logits // len(W))
+        total = ChunkedCrossEntropy.apply(x, W, targets, n_rows, torch.is_grad_enabled())
+    else:
+        logits = F.linear(x, W)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+    return total / (targets != -1).sum().clamp(min=1)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention: every head reads its keys and values from the residual stream, or
     every group of heads if n_kv_head is below n_head."""
@@ -233,17 +278,12 @@ class Block(nn.Module):
         return x + self.mlp_out(x)
 
 
-# Dense bf16 peaks in FLOP/s from data sheets. The first key that is in the device's name counts.
-PEAK_FLOPS = {'GB200': 2500e12, 'B200': 2250e12, 'H200 NVL': 835e12, 'H200': 989e12,
-              'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12,
-              'RTX 4090': 165e12, 'RTX 3090': 71e12}
-
-
 class GPT(nn.Module):
     model_type = 'gpt'
     config_class = GPTConfig
     attention_class = CausalSelfAttention
     n_predictions = 1  # tokens that are predicted at each position
+    max_logits = 2 ** 24  # that a loss has in memory at a time, of all predictions
 
     def __init__(self, config):
         super().__init__()
@@ -302,22 +342,34 @@ class GPT(nn.Module):
             raise ValueError(f'a sequence of {T} tokens does not fit into '
                              f'block_size={self.config.block_size}')
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) are token ids, targets (B, T) the next ones, -1 where none is to be learned.
-        A cache (generate.new_cache) holds the tokens before idx, and takes up idx.
-
-        Returns logits (B, T, vocab_size) and the mean cross-entropy in nats; without targets only
-        the last position's, (B, 1, vocab_size), and None. Raises ValueError beyond block_size.
-        """
+    def last_stream(self, idx, cache=None):
+        """The residual stream (B, T, n_embd) after the last block for idx (B, T)."""
         start = cache[0].start if cache else 0
         self.check_length(start + idx.size(1))
         x = self.embed(idx, start)  # (B, T, n_embd)
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache[i] if cache else None)
+        return x
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) are token ids, targets (B, T) the next ones, -1 where none is to be learned.
+        A cache (generate.new_cache) holds the tokens before idx, and takes up idx.
+
+        Returns logits (B, T, vocab_size) and the mean cross-entropy in nats; without targets only
+        the last position's, (B, 1, vocab_size), and None. In training with targets the logits are
+        None: all of them would fill the memory. Raises ValueError beyond block_size.
+        """
+        x = self.last_stream(idx, cache)
         if targets is None:
             return self.unembed(x[:, [-1]]), None  # the list keeps the time dimension
-        logits = self.unembed(x)  # (B, T, vocab_size)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), ignore_index=-1)
+        return None if self.training else self.unembed(x), self.mean_loss(x, targets)
+
+    def mean_loss(self, x, targets):
+        """The mean loss in nats of the last residual stream x (B, T, n_embd) on targets (B, T),
+        -1 where there is none; 0 if all are."""
+        x = self.transformer.ln_f(x).flatten(0, 1)
+        max_logits = self.max_logits // self.n_predictions
+        return linear_cross_entropy(x, self.lm_head.weight, targets.flatten(), max_logits)
 
     def next_logits(self, idx, cache=None):
         """The logits (B, vocab_size) of the token after idx (B, T)."""
@@ -325,7 +377,7 @@ class GPT(nn.Module):
 
     def losses(self, idx, targets):
         """Each prediction's loss in nats and share of positions that learn from it, both (1,)."""
-        loss = self(idx, targets)[1].view(1)
+        loss = self.mean_loss(self.last_stream(idx), targets).view(1)
         return loss, torch.ones_like(loss)
 
     def cache_shapes(self, B, length):
@@ -367,16 +419,9 @@ class GPT(nn.Module):
         fused = device_type in ('cuda', 'cpu', 'mps')
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak=None):
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak):
         """Model FLOPs utilisation, between 0 and 1, when fwdbwd_per_iter sequences of block_size
-        tokens went forward and backward in dt seconds. peak is in FLOP/s (default: the published
-        bf16 peak of the model's device). None if that is not known."""
-        if peak is None:
-            device = next(self.parameters()).device
-            name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-            peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-            if peak is None:
-                return None
+        tokens went forward and backward in dt seconds, on a device of peak FLOP/s."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     def flops_per_token(self):

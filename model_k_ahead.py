@@ -20,8 +20,6 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from model import GPT, Block, CausalSelfAttention, GPTConfig
 from model_mla import MLAConfig, MultiLatentAttention
@@ -182,33 +180,20 @@ class GPT_KAhead(GPT):
                 all_chosen = all_chosen & chosen[:, i:]
         return shifted
 
-    def head_loss(self, x, targets):
-        """The mean loss in nats of a head with the last residual stream x (B, T, n_embd) on its
-        targets (B, T - i); 0 where it has none."""
-        logits = self.unembed(x[:, :targets.size(1)]).flatten(0, 1)
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction='sum')
-        return total / (targets != -1).sum().clamp(min=1)
-
-    def checkpointed_loss(self, x, targets):
-        """head_loss, whose logits the backward pass computes again rather than keep them."""
-        return checkpoint(self.head_loss, x, targets, use_reentrant=False, preserve_rng_state=False)
-
     def losses(self, idx, targets):
         """The loss of each head, (k,), in nats, and the share (k,) of the positions with a target
-        at which it learns: 1 with positions='all'. Raises ValueError beyond block_size.
-
-        Only one head's logits are alive at a time: those of all would fill the memory."""
+        at which it learns: 1 with positions='all'. Raises ValueError beyond block_size."""
         self.check_length(idx.size(1))
         return self.losses_of(self.head_states(idx), targets)
 
     def losses_of(self, states, targets):
         """losses, of the heads' last residual streams, k tensors (B, T, n_embd)."""
         losses, shares = [], []
-        # compiled, two heads' logits would be alive at a time. As a decorator this would import
-        # the compiler, which takes a second, wherever this file is imported
-        checkpointed_loss = torch.compiler.disable(self.checkpointed_loss)
+        mean_loss = self.mean_loss
+        if torch.compiler.is_compiling():  # compiled, the logits of several heads would be alive
+            mean_loss = torch.compiler.disable(mean_loss)
         for i, (x, wanted) in enumerate(zip(states, self.head_targets(states[0], targets))):
-            losses.append(checkpointed_loss(x, wanted))
+            losses.append(mean_loss(x[:, :wanted.size(1)], wanted))
             n_all = (targets[:, i:] != -1).sum().clamp(min=1)
             shares.append((wanted != -1).sum() / n_all)
         return torch.stack(losses), torch.stack(shares)
@@ -217,7 +202,7 @@ class GPT_KAhead(GPT):
         """idx (B, T) are token ids, targets (B, T) the next ones, -1 where none is to be learned.
 
         Returns logits (B, k, T, vocab_size) and the weighted mean of the heads' losses, which
-        head_losses (k,) keeps; None without targets. In training the logits are None: see losses.
+        head_losses (k,) keeps; None without targets. In training the logits are None.
         With positions='greedy' each loss counts by the share of the positions at which its head
         learns, so that each position weighs the same. Raises ValueError for more tokens than
         block_size.

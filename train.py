@@ -25,7 +25,7 @@ from model import GPT
 from models import keys_elsewhere
 from runtime.batches import EVALUATION, TRAINING, Batches
 from runtime.dataset import SPLITS
-from runtime.device import autocast, pick_compile, pick_dtype
+from runtime.device import peak_flops, pick_compile, pick_dtype
 from runtime.loading import GPT2_NAMES
 from runtime.parallel import join_processes
 from runtime.resume import resolve_init_from
@@ -49,8 +49,9 @@ def train(model_class, config, model_args, processes, stop, folder):
     state = start_run(model_class, config, model_args, dtype, processes)
     model, data, optimizer, scaler = state.model, state.data, state.optimizer, state.scaler
     compiled, note = pick_compile(config.compile, device)
+    peak = peak_flops(device, dtype)
     state.notes += [note] if note else []
-    net = processes.wrap(torch.compile(model) if compiled else model)
+    net = processes.wrap(model, compiled)
 
     # all checks have passed: take the folder, then batches, log, checkpoints
     folder.claim(state.damaged)
@@ -98,7 +99,7 @@ def train(model_class, config, model_args, processes, stop, folder):
         for micro_step in range(micro_steps):
             x, y = batches.draw('train', TRAINING, first_number + micro_step * processes.size)
             processes.gradient_sync(net, now=micro_step == micro_steps - 1)
-            with autocast(device.type, dtype):
+            with processes.autocast(dtype):
                 loss = net(x, y)[1] / micro_steps
             scaler.scale(loss).backward()
             loss_sum[0] += loss.detach()
@@ -121,9 +122,10 @@ def train(model_class, config, model_args, processes, stop, folder):
             row = {'iter': state.iter_num, 'loss': loss, **by_head('loss', head_losses),
                    'lr': lr, 'ms_per_iter': seconds * 1e3,
                    'tokens_per_second': tokens_per_iter / seconds}
-            mfu = model.estimate_mfu(sequences_per_iter / processes.size, seconds)
             row |= {'grad_norm': grad_norm.item()} if config.grad_clip else {}
-            log.iteration(row if mfu is None else row | {'mfu': mfu})
+            if peak:
+                row['mfu'] = model.estimate_mfu(sequences_per_iter / processes.size, seconds, peak)
+            log.iteration(row)
         state.iter_num += 1
         log.bar.update()
 
@@ -167,7 +169,7 @@ def estimate_loss(model, batches, config, dtype, processes, log):
         for number in range(processes.rank, n_batches, processes.size):
             log.progress(f'{split} loss, batch {number + 1} of {config.eval_iters}')
             x, y = batches.draw(split, EVALUATION, number)
-            with autocast(processes.device.type, dtype):
+            with processes.autocast(dtype):
                 batch_losses, shares = model.losses(x, y)
             if number < config.eval_iters:  # what is too many does not count
                 total += torch.stack((batch_losses * shares, shares))

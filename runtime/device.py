@@ -1,8 +1,9 @@
 """
-What 'auto' means for device and dtype on this machine. A clear message where the machine lacks
-what is asked for.
+What 'auto' means for device and dtype on this machine, and what its GPU can do at most. A clear
+message where the machine lacks what is asked for.
 """
 
+import re
 import sys
 from contextlib import nullcontext
 
@@ -77,3 +78,26 @@ def pick_compile(choice, device):
 def autocast(device_type, dtype):
     """The context in which a model computes in dtype. Float32 needs none."""
     return nullcontext() if dtype == torch.float32 else torch.amp.autocast(device_type, dtype)
+
+
+# Dense peaks in FLOP/s of 16-bit products that are added up in float32, from data sheets. The first
+# key that is in the device's name counts.
+PEAK_FLOPS = {'GB200': 2500e12, 'B200': 2250e12, 'H200 NVL': 835e12, 'H200': 989e12,
+              'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H800': 989e12,
+              'A100': 312e12, 'A800': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
+              'A40': 150e12, 'RTX A6000': 155e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12,
+              'RTX 4090': 165e12, 'RTX 3090': 71e12, 'MI300X': 1307e12}
+
+
+def peak_flops(device, dtype):
+    """The published peak in FLOP/s of a device that computes in dtype; None where it is unknown."""
+    if device.type != 'cuda' or dtype.itemsize != 2:
+        return None
+    return peak_of_card(torch.cuda.get_device_name(device))
+
+
+def peak_of_card(name):
+    for key, flops in PEAK_FLOPS.items():
+        if re.search(rf'\b{key}\b(?! (D|Ti|Laptop)\b)', name):
+            return flops
+    return None

@@ -9,7 +9,7 @@ torchrun there is one.
 
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
-from runtime.device import pick_device
+from runtime.device import autocast, pick_device
 
 
 @dataclass
@@ -68,31 +68,48 @@ class Processes:
         largest = torch.stack([p.detach().abs().max() for p in parts if p.numel()]).max()
         return math.nan if self.any(not math.isfinite(largest)) else largest.item()
 
-    def place(self, model):
-        """Put a model, or this process's part of it, on the device."""
+    def place(self, model, dtype):
+        """Put a model, or this process's part of it, on the device. It is going to compute in
+        dtype."""
         if not self.sharded:
             return model.to(self.device)
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
+        # weights are gathered in dtype and forgotten after use, gradients are added up in float32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         # one block after the other, so that the device never holds them all
-        for block in blocks_of(model):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        for part in (*blocks_of(model), model):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(model, 'losses')
         return model
 
-    def wrap(self, net):
+    def autocast(self, dtype):
+        """The context in which a model computes in dtype. Sharded weights are gathered in it
+        already: autocast would keep a copy of them all for the backward pass."""
+        return nullcontext() if self.sharded else autocast(self.device.type, dtype)
+
+    def wrap(self, model, compiled):
         """The module whose backward pass averages gradients."""
-        if self.size == 1 or self.sharded:
+        if self.sharded:
+            if compiled:  # what lies between the gatherings of weights
+                for block in blocks_of(model):
+                    block.forward = torch.compile(block.forward)
+                model.mean_loss = torch.compile(model.mean_loss)
+            return model
+        net = torch.compile(model) if compiled else model
+        if self.size == 1:
             return net
         return DDP(net, device_ids=[self.device.index] if self.device.type == 'cuda' else None)
 
     def gradient_sync(self, net, now):
         """Say whether the next backward pass averages gradients over the processes, or only adds
-        them up in each. To be said before the forward pass."""
-        if self.sharded:
-            net.set_requires_gradient_sync(now)
-        elif self.size > 1:
+        them up in each. To be said before the forward pass. Sharded ones are averaged in each pass:
+        a process has room for its own part alone."""
+        if self.size > 1 and not self.sharded:
             net.require_backward_grad_sync = now  # what DDP's no_sync() sets, without a context
 
     def gather(self, value):
@@ -128,7 +145,9 @@ class Processes:
         """This process's part of value, split as the parameter p is, if it has p's shape."""
         from torch.distributed.tensor import distribute_tensor
         if torch.is_tensor(value) and value.shape == p.shape and value.dim():
-            return distribute_tensor(value.to(self.device), p.device_mesh, p.placements)
+            # each process has read the whole value, so none has to be sent
+            return distribute_tensor(value.to(self.device), p.device_mesh, p.placements,
+                                     src_data_rank=None)
         return value
 
 

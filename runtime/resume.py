@@ -79,9 +79,9 @@ def check_resumable(found, model, model_class, config):
                         'max_iters')
 
 
-def newest_sound(out_dir, model_type, device='cpu'):
-    """The newest checkpoint of a run whose checksums are right. Raises UserError if there is
-    none."""
+def newest_sound(out_dir, model_type, **where):
+    """The newest checkpoint of a run whose checksums are right. where is read_checkpoint's. Raises
+    UserError if there is none."""
     candidates, damaged = [], []
     for path in run_checkpoints(out_dir, model_type):
         try:
@@ -95,7 +95,7 @@ def newest_sound(out_dir, model_type, device='cpu'):
         try:
             if path.suffix != '.pt':
                 verify_checksums(path)
-            return Found(path, read_checkpoint(path, device), damaged)
+            return Found(path, read_checkpoint(path, **where), damaged)
         except DamagedError as e:
             damaged.append((path, str(e)))
     if damaged:

@@ -100,8 +100,7 @@ def start_run(model_class, config, model_args, dtype, processes):
     UserError for what cannot be trained."""
     if processes.is_first:
         check_other_logs(config)
-    device = 'cpu' if processes.sharded else processes.device
-    start = begin(model_class, config, model_args, device)
+    start = begin(model_class, config, model_args, processes)
     model, found, data = start.model, start.found, start.data
     iter_num = found.checkpoint.get('iter_num', 0) if found else 0
     if processes.any(processes.max(iter_num) != iter_num):
@@ -111,7 +110,7 @@ def start_run(model_class, config, model_args, dtype, processes):
     notes = start.notes + contradictions(config, model.config)
     if config.gradient_checkpointing:
         recompute_blocks(model)
-    model = processes.place(model)
+    model = processes.place(model, dtype)
     if processes.sharded and dtype == torch.float16:
         raise UserError("parallel='fsdp' is not for dtype=float16: use bfloat16 or float32")
     device_type = processes.device.type
@@ -133,20 +132,22 @@ class Start:
     notes: list = field(default_factory=list)
 
 
-def begin(model_class, config, model_args, device):
-    """The Start that init_from names. Raises UserError."""
+def begin(model_class, config, model_args, processes):
+    """The Start that init_from names. A model that is going to be sharded lies on the CPU, and its
+    weights in the file that they are read from. Raises UserError."""
+    where = dict(device='cpu', mmap=True) if processes.sharded else dict(device=processes.device)
     if config.init_from == 'scratch':
         return from_scratch(model_class, model_args, open_data(config.dataset))
     kept = {key: value for key, value in model_args.items() if key in MAY_CHANGE}
     if config.init_from == 'resume':
-        found = newest_sound(config.out_dir, model_class.model_type, device)
+        found = newest_sound(config.out_dir, model_class.model_type, **where)
         model = build_model(found.checkpoint, found.path, **kept)
         check_resumable(found, model, model_class, config)
         data = open_data(config.dataset)
         start = in_its_ids(model, data, found.checkpoint, found.path, config.dataset)
         start.found = found
     elif path := own_checkpoint(config, model_class.model_type):
-        checkpoint = read_checkpoint(path, device)
+        checkpoint = read_checkpoint(path, **where)
         verify_checksums(path)
         model = build_model(checkpoint, path, **kept)
         check_class(path, model, model_class)

@@ -4,6 +4,7 @@ import math
 import shutil
 import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from conftest import BOTH, tiny_model
 
 import model as model_module
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, linear_cross_entropy
 from model_mla import GPT_MLA
+from runtime.device import autocast
 
 
 def test_the_models_file_imports_torch_alone():
@@ -240,4 +242,47 @@ def test_mfu_by_hand():
     n = 14 * 16 + 2 * (12 * 16 * 16 + 2 * 16) + 16  # embedding, blocks, ln_f
     flops = (6 * n + 12 * 2 * 16 * 16) * 16 * 10
     assert model.estimate_mfu(10, dt=2.0, peak=1e9) == pytest.approx(flops / 2.0 / 1e9)
-    assert model.estimate_mfu(10, dt=2.0) is None  # no peak is published for this CPU
+
+
+@pytest.mark.parametrize('dtype, precision', [
+    (torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_a_loss_in_chunks_and_its_gradients_are_the_definitions(dtype, precision):
+    """Under autocast, with rows that have no target and a last chunk that is not full."""
+    torch.manual_seed(0)
+    x, W = torch.randn(23, 12).double(), torch.randn(31, 12).double()
+    targets = torch.randint(31, (23,)).masked_fill(torch.arange(23) % 5 == 0, -1)
+    found = []
+    for max_logits in (31 * 4, 10 ** 6):
+        a, b = (t.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for t in (x, W))
+        with nullcontext() if dtype == torch.float64 else autocast('cpu', dtype):
+            loss = linear_cross_entropy(a, b, targets, max_logits)
+        (3 * loss).backward()
+        found.append([loss, a.grad, b.grad])
+    wanted = [t.requires_grad_() for t in (x, W)]
+    loss = -sum((x[i] @ W.T).log_softmax(0)[t] for i, t in enumerate(targets) if t >= 0) / 18
+    (3 * loss).backward()
+    wanted = [loss, x.grad, W.grad]
+    for results in found:
+        for got, want in zip(results, wanted, strict=True):
+            assert (got - want).norm() <= precision * want.norm()
+
+
+def test_a_loss_in_chunks_without_gradients_makes_none():
+    W = torch.randn(31, 12, requires_grad=True)
+    with torch.no_grad():
+        loss = linear_cross_entropy(torch.randn(23, 12), W, torch.arange(23), 31 * 4)
+    assert not loss.requires_grad and torch.isfinite(loss)
+    assert linear_cross_entropy(torch.randn(2, 12), W, torch.tensor([-1, -1]), 31) == 0
+
+
+def test_half_precision_gradients_of_a_chunked_loss_do_not_vanish():
+    """What float16 cannot hold is scaled before it is rounded: 1 / N of the loss comes last."""
+    torch.manual_seed(0)
+    x, W = torch.randn(4096, 16, dtype=torch.float16), torch.randn(300, 16, dtype=torch.float16)
+    targets = torch.randint(300, (4096,))
+    grads = []
+    for a, b in ((x, W), (x.double(), W.double())):
+        a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+        (2.0 ** 13 * linear_cross_entropy(a, b, targets, 300 * 512)).backward()
+        grads.append(a.grad.double())
+    assert (grads[0] - grads[1]).norm() < 0.01 * grads[1].norm()

@@ -222,12 +222,17 @@ def most_logits(model, idx):
 
 
 @KINDS
-def test_one_heads_logits_at_a_time(attention, head):
-    """Four heads need hardly more room for logits than one. A vocabulary of 211 tells them from
-    other tensors."""
+def test_some_logits_at_a_time(attention, head):
+    """A loss in chunks is the same, and has room for a few logits. A vocabulary of 211 tells them
+    from other tensors."""
     idx = torch.randint(211, (2, 16))
-    one, four = (most_logits(tiny(attention, head, vocab_size=211, k_ahead=k), idx) for k in (1, 4))
-    assert 2 * 16 * 211 <= one and four < one + 2 * 16 * 211 / 4
+    whole, chunked = (tiny(attention, head, vocab_size=211, k_ahead=4) for _ in range(2))
+    chunked.max_logits = 4 * 3 * 211  # three rows of each head
+    most = [most_logits(model, idx) for model in (whole, chunked)]
+    n_weight = 16 * 211  # as wide as the vocabulary too
+    assert most[0] > n_weight + 4 * 16 * 211 and most[1] <= n_weight + 3 * 3 * 211
+    for p, other in zip(whole.parameters(), chunked.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, other.grad)
 
 
 @pytest.mark.parametrize('settings, message', [
