@@ -9,6 +9,7 @@ torchrun there is one.
 
 import math
 import os
+import socket
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -163,6 +164,27 @@ def recompute_blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def name_gloo_interface(size):
+    """Tell gloo its network interface where it would not find it: on a node among others that
+    resolves its own name to itself, as Debian's do. Raises UserError where there are several."""
+    own_name = socket.gethostname()
+    if int(os.environ.get('LOCAL_WORLD_SIZE', size)) == size or 'GLOO_SOCKET_IFNAME' in os.environ:
+        return
+    try:
+        address = socket.gethostbyname(own_name)
+    except OSError:  # gloo says so
+        return
+    if not address.startswith('127.'):
+        return
+    names = [name for _, name in socket.if_nameindex() if name != 'lo']
+    if len(names) != 1:
+        raise UserError(f'{own_name} resolves its own name to {address}, where other nodes do not '
+                        f'reach it, and has the interfaces {", ".join(names) or "lo alone"}: put '
+                        'GLOO_SOCKET_IFNAME=NAME in front of torchrun, with the one that leads to '
+                        'the other nodes')
+    os.environ['GLOO_SOCKET_IFNAME'] = names[0]
+
+
 @contextmanager
 def join_processes(config):
     """Join the processes that torchrun started and yield the Processes. Raises UserError where
@@ -187,6 +209,7 @@ def join_processes(config):
     if not dist.is_backend_available(backend):
         raise UserError(f"backend={backend!r} is not available in this torch: use 'nccl', 'gloo' "
                         "or 'auto'")
+    name_gloo_interface(size)
     dist.init_process_group(backend)
     control = dist.new_group(backend='gloo') if backend != 'gloo' else None
     sharded = config.parallel == 'fsdp' and size > 1

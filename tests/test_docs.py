@@ -58,7 +58,7 @@ NOT_RUN = {  # commands that the test of a page does not run, and why
     'python -m pytest -q tests/test_model.py': 'is part of make test',
     'torchrun --standalone --nproc_per_node=8 train_mla.py config/train_gpt2_mla.py': GPUS,
     'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2 --nproc_per_node=8 '
-    '--rdzv_backend=c10d --rdzv_endpoint=10.0.0.1:29500 --rdzv_id=gpt2-mla --max-restarts=3 '
+    '--rdzv_backend=c10d --rdzv_endpoint=node1:29500 --rdzv_id=gpt2-mla --max-restarts=3 '
     'train_mla.py config/train_gpt2_mla.py --gradient_accumulation_steps=48 --init_from=auto':
         GPUS + '; ' + TESTED + 'tests/test_two_nodes.py',
     'sbatch config/train_gpt2_mla.slurm': GPUS + '; ' + TESTED + 'tests/test_two_nodes.py',

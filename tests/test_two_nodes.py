@@ -4,9 +4,12 @@ started as docs/long_runs.md says."""
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from configurator import UserError
 
 import pytest
 import torch
@@ -15,9 +18,10 @@ from test_faults import assert_same_end, end_state, wait_for
 from test_parallel import ENV, two_processes, workers_of
 
 from model_mla import GPT_MLA
+from runtime.parallel import name_gloo_interface
 
 GUIDE = (ROOT / 'docs' / 'long_runs.md').read_text()
-ADDRESSES = {1: '10.0.0.1', 2: '10.0.0.2'}  # the first is the guide's
+ADDRESSES = {1: '10.0.0.1', 2: '10.0.0.2'}
 MISSING = 'network namespaces need rights that are missing here'
 
 
@@ -39,7 +43,9 @@ def nodes():
         for i, name in names.items():
             hosts = Path('/etc/netns') / name / 'hosts'
             hosts.parent.mkdir(parents=True, exist_ok=True)
-            hosts.write_text('127.0.0.1 localhost\n' + ''.join(known))
+            # Debian and Ubuntu have a node find itself at 127.0.1.1
+            of_others = [line for line in known if name not in line]
+            hosts.write_text(f'127.0.0.1 localhost\n127.0.1.1 {name}\n' + ''.join(of_others))
             for command in (f'ip netns add {name}', f'ip link set {cables[i]} netns {name}',
                             f'ip -n {name} addr add {ADDRESSES[i]}/24 dev {cables[i]}',
                             f'ip -n {name} link set {cables[i]} up', f'ip -n {name} link set lo up',
@@ -55,12 +61,14 @@ def nodes():
             sh(f'rm -rf /etc/netns/{name}')
 
 
-def guide_command():
-    """The guide's line for two nodes, up to the program, and with one process a node."""
+def guide_command(first):
+    """The guide's line for two nodes, the first of which has this name, up to the program, and with
+    one process a node."""
     lines = re.findall(r'^.*torchrun --nnodes=2 .*$', GUIDE, re.M)
     assert len(lines) == 1 and '--nproc_per_node=8' in lines[0] and '--init_from=auto' in lines[0]
-    assert f'--rdzv_endpoint={ADDRESSES[1]}:' in lines[0] and ' train_mla.py ' in lines[0]
-    return lines[0].split(' train_mla.py ')[0].replace('--nproc_per_node=8', '--nproc_per_node=1')
+    assert '--rdzv_endpoint=node1:' in lines[0] and ' train_mla.py ' in lines[0]
+    command = lines[0].split(' train_mla.py ')[0].replace('=node1:', f'={first}:')
+    return command.replace('--nproc_per_node=8', '--nproc_per_node=1')
 
 
 @pytest.mark.parametrize('lost', ['worker', 'node'])
@@ -68,7 +76,8 @@ def test_one_is_lost_and_the_run_ends_as_if_it_had_not_been(lost, nodes, tiny_ar
     """A worker comes back by itself. On a node that died with its torchrun, the same line is
     started again."""
     args = [*tiny_args, '--max_iters=120', '--eval_interval=20', '--init_from=auto']
-    command = guide_command().replace('torchrun', f'{sys.executable} -m torch.distributed.run', 1)
+    torchrun = f'{sys.executable} -m torch.distributed.run'
+    command = guide_command(nodes[0]).replace('torchrun', torchrun, 1)
 
     def start(node):
         on_node = f'hostname {node}; exec env {command} train_mla.py "$@"'
@@ -105,3 +114,20 @@ def test_the_slurm_script_starts_what_the_guide_says():
                    'train_mla.py config/train_gpt2_mla.py', '--gradient_accumulation_steps=48',
                    '--init_from=auto'):
         assert option in text and option in GUIDE, option
+
+
+def test_a_node_that_finds_itself_at_127_names_the_variable(monkeypatch):
+    """With one interface beside lo there is nothing to ask."""
+    environment = {'LOCAL_WORLD_SIZE': '8'}
+    monkeypatch.setattr(os, 'environ', environment)
+    monkeypatch.setattr(socket, 'gethostname', lambda: 'node7')
+    monkeypatch.setattr(socket, 'gethostbyname', lambda name: '127.0.1.1')
+    interfaces = [(1, 'lo'), (2, 'eth0'), (3, 'ib0')]
+    monkeypatch.setattr(socket, 'if_nameindex', lambda: interfaces)
+    with pytest.raises(UserError, match='node7 .* eth0, ib0: put GLOO_SOCKET_IFNAME=NAME in front'):
+        name_gloo_interface(16)
+    name_gloo_interface(8)  # one node alone
+    assert environment == {'LOCAL_WORLD_SIZE': '8'}
+    interfaces.pop()
+    name_gloo_interface(16)
+    assert environment['GLOO_SOCKET_IFNAME'] == 'eth0'
