@@ -38,7 +38,7 @@ from models import cached_numbers
 from runtime.checkpoint import checkpoint_path, read_checkpoint
 from runtime.progress import progress_bar
 from runtime.record import write_file
-from runtime.run_folder import kind_path
+from runtime.run_folder import newest_metrics
 from runtime.workers import default_workers, in_workers, worker_pool
 from study_cells import MAIN
 from study_controls import SeparateLatents
@@ -168,11 +168,7 @@ def is_done(cell, config):
 def iterations_of(cell, out_dir):
     """How far a cell is trained, from its log of metrics."""
     model_type = ATTENTIONS[cell.attention].model_class.model_type
-    try:
-        with open(kind_path(Path(out_dir) / 'runs' / cell.name, 'metrics.jsonl', model_type)) as f:
-            return max((json.loads(line)['iter'] for line in f if line.endswith('\n')), default=0)
-    except OSError:
-        return 0
+    return newest_metrics(Path(out_dir) / 'runs' / cell.name, model_type).get('iter', 0)
 
 
 def train_cells(cells, config):

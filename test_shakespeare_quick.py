@@ -12,11 +12,15 @@ and the kinds of MLA have caches of one size where that can be: the table says w
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import shlex
 import sys
+import tempfile
 import textwrap
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -29,15 +33,18 @@ from evaluate import split_loss
 from generate import generate
 from model_mla import MLAConfig
 from models import MODELS, VARIANTS, cached_numbers, label_of
-from runtime.checkpoint import checkpoint_path
+from runtime.checkpoint import checkpoint_path, read_checkpoint
 from runtime.cpu_linear import use_cpu_linear
 from runtime.dataset import open_data
 from runtime.device import autocast, pick_device, pick_dtype
+from runtime.progress import progress_bar
+from runtime.run_folder import StopSignal, newest_metrics
 from runtime.run_log import plot_losses
+from runtime.workers import default_workers, worker_pool
 from train import TrainConfig, launch
 
 SAME = dict(out_dir='out_shakespeare_quick', dataset='shakespeare_char',
-            gradient_accumulation_steps=1, eval_interval=100, log_interval=50, learning_rate=1e-3,
+            gradient_accumulation_steps=1, eval_interval=200, log_interval=50, learning_rate=1e-3,
             min_lr=1e-4, beta2=0.99, warmup_iters=100, max_iters=2000, bias=False)
 # In so few iterations nothing overfits and every step counts. Against the trainer's defaults (beta1
 # 0.9, weight_decay 0.1, grad_clip 1) the last three lower the val loss by 1.9 % for MHA and 1.5 %
@@ -187,31 +194,120 @@ def print_next_steps(checkpoints):
           f'    python -m analysis.report {first} {last}')
 
 
+def variant_of(name, model_args):
+    """(the class of a model of the comparison, its own model settings)"""
+    variant = VARIANTS[name]
+    model_class = MODELS[variant.model_type].model_class
+    shape = build(MLAConfig, model_args)
+    return model_class, of_model(model_args, model_class.config_class) | variant.settings(shape)
+
+
+def train_one(name, config, model_args):
+    """Train a model of the comparison in its folder and measure it. Returns its history and its
+    figures, None if it was stopped."""
+    model_class, args = variant_of(name, model_args)
+    print(f'\n{label_of(model_class.model_type, build(model_class.config_class, args))}')
+    folder = str(Path(config.out_dir) / name)
+    result = launch(model_class, replace(config, out_dir=folder), args)
+    if result.stopped:
+        return None
+    return result.history, measure(result, open_data(config.dataset), config)
+
+
+def train_beside(name, config, model_args):
+    """train_one in a process beside others, with one thread. What it prints goes to log.txt."""
+    os.setpgrp()  # Ctrl-C reaches the first process alone, which passes it on
+    torch.set_num_threads(1)
+    folder = Path(config.out_dir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'log.txt', 'w') as log, redirect_stdout(log), redirect_stderr(log):
+        return train_one(name, config, model_args)
+
+
+def train_side_by_side(names, config, model_args, workers):
+    """What train_one returns for each name, workers of them at a time, with a bar for each. None if
+    they were stopped."""
+    folders = {name: Path(config.out_dir) / name for name in names}
+    bars = {name: progress_bar(total=config.max_iters, desc=f'{name:<14}') for name in names}
+    waiting, running, futures, failed, ending = [*names], set(), {}, None, False
+    with StopSignal() as stop, worker_pool(workers) as pool:
+        while running or waiting:
+            for name in waiting[:workers - len(running)]:
+                waiting.remove(name)
+                futures[name] = pool.submit(train_beside, name, config, model_args)
+                running.add(futures[name])
+            done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            show_progress(bars, folders)
+            failed = failed or next((future for future in done if future.exception()), None)
+            if (stop.requested or failed) and not ending:
+                ending, waiting = True, []
+                for process in multiprocessing.active_children():
+                    process.terminate()  # it finishes its step
+    for bar in bars.values():
+        bar.close()
+    if failed and not stop.requested:
+        failed.result()
+    for folder in folders.values():
+        if (folder / 'log.txt').exists():
+            lines = (folder / 'log.txt').read_text().splitlines()
+            print('\n'.join(line for line in lines if not line.startswith('iter ')))
+    return None if stop.requested else [futures[name].result() for name in names]
+
+
+def show_progress(bars, folders):
+    for name, bar in bars.items():
+        now = newest_metrics(folders[name], VARIANTS[name].model_type)
+        if 'val_loss' in now:
+            bar.set_postfix_str(f"val loss {now['val_loss']:.4f}", refresh=False)
+        bar.update(now.get('iter', 0) - bar.n)
+
+
+def time_alone(name, config, model_args):
+    """How long an iteration takes that has all threads for itself: figures."""
+    model_class, args = variant_of(name, model_args)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, 'w') as nowhere:
+        short = replace(config, out_dir=folder, max_iters=100, eval_interval=100, eval_iters=1,
+                        log_interval=10)
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            result = launch(model_class, short, args)
+    return {'ms_per_iter': result.ms_per_iter, 'tokens_per_second': result.tokens_per_second}
+
+
+def train_all(names, config, model_args):
+    """What train_one returns for each name, None if they were stopped. On a CPU they train side by
+    side, since a second thread gives a small model little. Then their times are taken one by
+    one."""
+    workers = min(default_workers(), len(names))
+    if pick_device(config.device)[1] == 'cpu' and workers > 1:
+        trained = train_side_by_side(names, config, model_args, workers)
+        for name, (_, figures) in zip(names, trained or []):
+            figures |= time_alone(name, config, model_args)
+        return trained
+    trained = []
+    for name in names:
+        trained.append(train_one(name, config, model_args))
+        if not trained[-1]:
+            return None
+    return trained
+
+
 def main():
     config, model_args = read_settings(sys.argv[1:])
-    out_dir = Path(config.out_dir)
-    data = open_data(config.dataset)
-
-    results, histories, checkpoints = {}, {}, []
-    shape = build(MLAConfig, model_args)
-    for name in config.models.split(','):
-        variant = VARIANTS[name]
-        model_class = MODELS[variant.model_type].model_class
-        args = of_model(model_args, model_class.config_class) | variant.settings(shape)
-        print(f'\n{label_of(variant.model_type, build(model_class.config_class, args))}')
-        result = launch(model_class, replace(config, out_dir=str(out_dir / name)), args)
-        if result.stopped:
-            print('the comparison is not finished and starts anew next time')
-            return
-        histories[name], results[name] = result.history, measure(result, data, config)
-        checkpoints.append(checkpoint_path(out_dir / name, variant.model_type))
+    out_dir, names = Path(config.out_dir), config.models.split(',')
+    open_data(config.dataset)  # which says what is wrong with it
+    trained = train_all(names, config, model_args)
+    if not trained:
+        print('the comparison is not finished and starts anew next time')
+        return
+    histories, results = (dict(zip(names, of_each)) for of_each in zip(*trained))
+    checkpoints = [checkpoint_path(out_dir / name, VARIANTS[name].model_type) for name in names]
     for number, path in enumerate(checkpoints):
         if path.parent.name in ('mha', 'mla'):  # the others keep to their folders
             checkpoints[number] = out_dir / path.name
             os.replace(path, checkpoints[number])
-    is_cuda = result.device.type == 'cuda'
-    settings = asdict(config) | asdict(shape) | {
-        'vocab_size': result.model.config.vocab_size,
+    is_cuda = pick_device(config.device)[1] == 'cuda'
+    settings = asdict(config) | asdict(build(MLAConfig, model_args)) | {
+        'vocab_size': read_checkpoint(checkpoints[0])['model_args']['vocab_size'],
         'device_name': torch.cuda.get_device_name() if is_cuda else platform.machine(),
         'torch': torch.__version__, 'threads': torch.get_num_threads()}
 

@@ -1,6 +1,7 @@
 """A run's folder, which is its alone, and the signals that ask it to stop."""
 
 import itertools
+import json
 import os
 import signal
 import threading
@@ -18,6 +19,16 @@ def kind_path(out_dir, name, model_type):
     metrics.jsonl becomes metrics_mla.jsonl."""
     path = Path(out_dir) / name
     return path if model_type == 'gpt' else path.with_stem(f'{path.stem}_{model_type}')
+
+
+def newest_metrics(out_dir, model_type):
+    """The last value of each key in a run's metrics.jsonl, which another process may be writing; {}
+    where there is none."""
+    newest = {}
+    with suppress(OSError), open(kind_path(out_dir, 'metrics.jsonl', model_type)) as f:
+        for line in f:
+            newest |= json.loads(line) if line.endswith('\n') else {}
+    return newest
 
 
 class RunFolder:

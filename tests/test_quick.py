@@ -1,17 +1,19 @@
 import json
-import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
+from test_faults import wait_for
 
 import test_shakespeare_quick as quick
 from model import GPT
-from runtime import dataset
 from runtime.dataset import open_data, write_splits
 from runtime.loading import load_model
+from runtime.run_folder import newest_metrics
 from runtime.tokenizer import make_tokenizer
 
 SIZE = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16',
@@ -26,18 +28,40 @@ def trained(data_dir, tmp_path, program):
     return tmp_path / 'quick', out
 
 
-def test_a_signal_stops_the_whole_comparison(data_dir, tmp_path, program, monkeypatch):
-    draw, signals = dataset.draw_batch, [signal.SIGTERM]
-
-    def interrupted(*args):
-        if signals:
-            os.kill(os.getpid(), signals.pop())
-        return draw(*args)
-    monkeypatch.setattr(dataset, 'draw_batch', interrupted)
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_whole_comparison(number, data_dir, tmp_path):
     out_dir = tmp_path / 'quick'
-    code, out, _ = program(quick.main, f'--dataset={data_dir}', f'--out_dir={out_dir}', *SIZE)
-    assert code == 0 and 'starts anew' in out and 'MLA' not in out
+    process = subprocess.Popen(
+        [sys.executable, 'test_shakespeare_quick.py', f'--dataset={data_dir}', *SIZE,
+         f'--out_dir={out_dir}', '--max_iters=1000000'], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: all(newest_metrics(out_dir / name, kind).get('iter', 0) > 3
+                         for name, kind in (('mha', 'gpt'), ('mla', 'mla'))), 120)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and 'starts anew' in out and 'Traceback' not in err
+    assert out.count('stopped before iteration') == 2
     assert not (out_dir / 'results.json').exists()
+
+
+def test_side_by_side_they_end_as_one_by_one(data_dir, tmp_path, program, monkeypatch):
+    losses = []
+    for workers in (1, 2):
+        monkeypatch.setattr(quick, 'default_workers', lambda: workers)
+        out_dir = tmp_path / str(workers)
+        code, out, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={out_dir}', *SIZE)
+        assert code == 0, err
+        results = json.loads((out_dir / 'results.json').read_text())
+        losses.append([results[name][key] for name in ('mha', 'mla')
+                       for key in ('train_loss', 'val_loss')])
+        assert (out_dir / 'mla' / 'log.txt').exists() == (workers == 2)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_what_fails_in_one_of_them_is_one_line(data_dir, tmp_path, program):
+    code, _, err = program(quick.main, f'--dataset={data_dir}', f'--out_dir={tmp_path / "quick"}',
+                           *SIZE, '--learning_rate=1e30')
+    assert code == 2 and err.count('error:') <= 1 and 'learning_rate' in err
 
 
 def test_what_it_leaves_behind(trained, data_dir):
