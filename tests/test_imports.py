@@ -1,0 +1,39 @@
+"""What a program imports before it knows that it needs it, from modules that take long."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SLOW = ('torch._dynamo', 'torch._inductor', 'transformers', 'datasets', 'scipy', 'sklearn', 'wandb',
+        'tensorboard', 'pandas')
+
+
+def imported(statement):
+    """Those of SLOW, torch and matplotlib that a fresh Python has after a statement."""
+    done = subprocess.run(
+        [sys.executable, '-c', f'{statement}\nimport sys\nprint(*sys.modules)'], cwd=ROOT,
+        capture_output=True, text=True, check=True)
+    return {name for name in done.stdout.splitlines()[-1].split()
+            if name in (*SLOW, 'torch', 'matplotlib')}
+
+
+@pytest.mark.parametrize('module', ['train', 'train_k_ahead', 'sample', 'evaluate', 'generate',
+                                    'runs', 'test_shakespeare_quick', 'convert_mla', 'bench'])
+def test_a_program_imports_torch_and_nothing_else_that_takes_long(module):
+    assert imported(f'import {module}') - {'matplotlib'} == {'torch'}
+
+
+def test_the_list_of_analyses_needs_no_torch():
+    assert not imported('from analysis.__main__ import main; main()')
+
+
+def test_a_loss_of_k_heads_does_not_import_the_compiler():
+    assert imported('''
+import torch
+from model_k_ahead import GPT_KAhead, KAheadConfig
+config = KAheadConfig(n_layer=2, n_head=2, n_embd=8, block_size=16, vocab_size=14, bias=False)
+model, idx = GPT_KAhead(config), torch.zeros(1, 8, dtype=torch.long)
+model(idx, idx)[1].backward()
+''') == {'torch'}
