@@ -53,6 +53,9 @@ def check_installed():
 
 
 check_installed()
+if {'--help', '-h'} & set(sys.argv[1:]):  # which does not wait for torch
+    from runtime.stand_in import use_stand_ins
+    use_stand_ins()
 
 # torch's allocators raise RuntimeErrors. Only the message tells them from a mistake of ours.
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", 'out of memory')

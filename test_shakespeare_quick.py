@@ -6,6 +6,7 @@ The comparison: train the same GPT-2 with multi-head attention (MHA) and with mu
     python test_shakespeare_quick.py --max_iters=200    every key of the trainer can be given
     python test_shakespeare_quick.py --models=mha,gqa,mla,mla_decoupled --out_dir=out_family
 
+On a GPU the models are larger than what --help says (ON_GPU below).
 It needs the data: python data/shakespeare_char/prepare.py first. Despite its name this is a program
 and no test. It writes results.json, comparison.png, samples.txt and the checkpoints to out_dir. GQA
 and the kinds of MLA have caches of one size where that can be: the table says what they have.
@@ -158,8 +159,9 @@ def draw_comparison(histories, results, settings, path):
 
 def read_settings(argv):
     """The QuickConfig for all models and the model settings, sized for the device."""
-    without_help = [arg for arg in argv if arg not in ('-h', '--help')]
-    device = configure(without_help, QuickConfig, MLAConfig, **SAME)[0].device
+    if {'-h', '--help'} & set(argv):  # which does not ask torch for a GPU
+        configure(argv, QuickConfig, MLAConfig, **SAME, **ON_CPU)
+    device = configure(argv, QuickConfig, MLAConfig, **SAME)[0].device
     size = ON_GPU if pick_device(device)[1] == 'cuda' else ON_CPU
     config, model_args = configure(argv, QuickConfig, MLAConfig, **SAME, **size)
     model_args = of_model(SAME | size, MLAConfig) | model_args

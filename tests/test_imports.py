@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT
@@ -37,3 +38,39 @@ config = KAheadConfig(n_layer=2, n_head=2, n_embd=8, block_size=16, vocab_size=1
 model, idx = GPT_KAhead(config), torch.zeros(1, 8, dtype=torch.long)
 model(idx, idx)[1].backward()
 ''') == {'torch'}
+
+
+PROGRAMS = sorted(str(path.relative_to(ROOT))
+                  for path in [*ROOT.glob('*.py'), *ROOT.glob('data/**/prepare.py')]
+                  if "__name__ == '__main__'" in path.read_text())
+
+
+ANALYSES = ['copying', 'report', 'latent_surgery']
+
+
+def help_of(arguments):
+    done = subprocess.run([sys.executable, *arguments, '--help'], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize('arguments', [
+    *([name] for name in PROGRAMS), *(['-m', f'analysis.{name}'] for name in ANALYSES)],
+    ids=lambda arguments: arguments[-1])
+def test_help_is_the_same_without_torch(arguments):
+    """It is printed with empty modules in place of those that take long."""
+    code = textwrap.dedent(f"""
+        import runpy, sys
+        import runtime.stand_in
+        runtime.stand_in.use_stand_ins = lambda: None
+        sys.argv = [{arguments[-1]!r}, '--help']
+        if {arguments[0] == '-m'}:
+            runpy.run_module({arguments[-1]!r}, run_name='__main__', alter_sys=True)
+        else:
+            runpy.run_path({arguments[-1]!r}, run_name='__main__')""")
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    with_torch = done.stdout.splitlines()
+    without = help_of(arguments).splitlines()
+    assert len(without) > 5 and [line for line in without if not line.startswith('usage:')] == [
+        line for line in with_torch if not line.startswith('usage:')]
