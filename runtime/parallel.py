@@ -99,7 +99,8 @@ class Processes:
             if compiled:  # what lies between the gatherings of weights
                 for block in blocks_of(model):
                     block.forward = torch.compile(block.forward)
-                model.mean_loss = torch.compile(model.mean_loss)
+                if model.n_predictions == 1:  # compiled, all logits are there at a time
+                    model.mean_loss = torch.compile(model.mean_loss)
             return model
         net = torch.compile(model) if compiled else model
         if self.size == 1:

@@ -10,7 +10,7 @@ from analysis import program as analysis_program
 from analysis import spectrum
 from model import GPT
 from runtime.checkpoint import save_checkpoint
-from runtime.device import pick_device, pick_float64_device
+from runtime.device import peak_flops, peak_of_card, pick_device, pick_float64_device
 from runtime.tokenizer import make_tokenizer
 
 NOTE = 'note: device=mps has no float64: this runs on the CPU\n'
@@ -42,3 +42,19 @@ def test_analyses_and_the_converter_run(device, tmp_path, program):
     assert code == 0 and err.startswith(NOTE), err
     code, _, err = program(convert_mla.main, tmp_path, f'--out_dir={tmp_path / "m"}', *device)
     assert code == 0 and err.startswith(NOTE), err
+
+
+@pytest.mark.parametrize('name, peak', [
+    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A100 80GB PCIe', 312e12), ('NVIDIA RTX A1000', None),
+    ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H200', 989e12),
+    ('NVIDIA H200 NVL', 835e12), ('NVIDIA GB200', 2500e12), ('NVIDIA L4', 121e12),
+    ('NVIDIA L40S', 362e12), ('NVIDIA L40', 181e12), ('NVIDIA A10', 125e12), ('NVIDIA A10G', None),
+    ('NVIDIA GeForce RTX 4090', 165e12), ('NVIDIA GeForce RTX 4090 D', None),
+    ('NVIDIA GeForce RTX 3090 Ti', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None)])
+def test_the_peak_is_that_of_the_card_and_of_no_other(name, peak):
+    assert peak_of_card(name) == peak
+
+
+def test_the_peak_is_known_for_16_bit_alone():
+    assert peak_flops(torch.device('cuda'), torch.float32) is None
+    assert peak_flops(torch.device('cpu'), torch.bfloat16) is None
