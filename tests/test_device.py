@@ -45,7 +45,8 @@ def test_analyses_and_the_converter_run(device, tmp_path, program):
 
 
 @pytest.mark.parametrize('name, peak', [
-    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A100 80GB PCIe', 312e12), ('NVIDIA RTX A1000', None),
+    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA A100 80GB PCIe', 312e12),
+    ('NVIDIA RTX A1000', None),
     ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H200', 989e12),
     ('NVIDIA H200 NVL', 835e12), ('NVIDIA GB200', 2500e12), ('NVIDIA L4', 121e12),
     ('NVIDIA L40S', 362e12), ('NVIDIA L40', 181e12), ('NVIDIA A10', 125e12), ('NVIDIA A10G', None),
