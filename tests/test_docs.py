@@ -186,6 +186,7 @@ def world(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, 'HERE', tmp_path / 'data')
     monkeypatch.setattr('runtime.workers.ProcessPoolExecutor',
                         lambda workers, *args: ThreadPoolExecutor(workers))
+    monkeypatch.setattr('runtime.workers.default_workers', lambda: 1)  # threads share one stdout
     # drawing takes most of the time, and other tests look at the pictures
     monkeypatch.setattr(Figure, 'savefig', lambda figure, path, **_: Path(path).write_bytes(b'PNG'))
 

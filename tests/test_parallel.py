@@ -116,7 +116,8 @@ def test_every_process_evaluates_its_share(data_dir, tmp_path, monkeypatch):
     class OneOfTwo(Processes):
         """Without the other."""
         mean = staticmethod(torch.Tensor.tolist)
-        wrap = max = staticmethod(lambda value: value)
+        max = staticmethod(lambda value: value)
+        wrap = staticmethod(lambda model, compiled: model)
     draw, seen = dataset.draw_batch, []
     monkeypatch.setattr(dataset, 'draw_batch',
                         lambda *args: (seen.append(args[3:5]), draw(*args))[1])
