@@ -19,7 +19,7 @@ QUICK := out_shakespeare_quick
 # what make quick does not need is installed while it trains
 quick: .venv/needed data/shakespeare_char/meta.pkl
 	{ [ .venv/installed -nt .venv/needed ] || { $(INSTALL) requirements.txt && touch .venv/installed; }; } & \
-	$(RUN) test_shakespeare_quick.py && wait $$!
+	$(RUN) test_shakespeare_quick.py; status=$$?; wait $$! && exit $$status
 
 study: .venv/installed
 	$(RUN) study.py --preset=minute

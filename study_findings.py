@@ -428,9 +428,9 @@ def late(study):
             study.labels[one[0]], RECIPES[one[1]], len(cells), found.events,
             iteration(found.median),
             spread([c['circuit']['accuracy'] for c in cells.values()])])
-        pairs = of_shared_seeds(times[one], times.get(other, {}))
         if not other:
             continue
+        pairs = of_shared_seeds(times[one], times.get(other, {}))
         label, before = (study.labels[name] + f', {RECIPES[recipe]}' * bool(recipe)
                          for name, recipe in (one, other))
         finding.claims += compared_shares(

@@ -265,13 +265,16 @@ def show_progress(bars, folders):
 
 
 def time_alone(name, config, model_args):
-    """How long an iteration takes that has all threads for itself: figures."""
+    """How long an iteration takes that has all threads for itself: figures. None if it was
+    stopped."""
     model_class, args = variant_of(name, model_args)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, 'w') as nowhere:
         short = replace(config, out_dir=folder, max_iters=100, eval_interval=100, eval_iters=1,
-                        log_interval=10)
+                        log_interval=10, wandb_log=False, tensorboard_log=False)
         with redirect_stdout(nowhere), redirect_stderr(nowhere):
             result = launch(model_class, short, args)
+    if result.stopped:
+        return None
     return {'ms_per_iter': result.ms_per_iter, 'tokens_per_second': result.tokens_per_second}
 
 
@@ -283,7 +286,10 @@ def train_all(names, config, model_args):
     if pick_device(config.device)[1] == 'cpu' and workers > 1:
         trained = train_side_by_side(names, config, model_args, workers)
         for name, (_, figures) in zip(names, trained or []):
-            figures |= time_alone(name, config, model_args)
+            times = time_alone(name, config, model_args)
+            if not times:
+                return None
+            figures |= times
         return trained
     trained = []
     for name in names:
@@ -309,7 +315,7 @@ def main():
             os.replace(path, checkpoints[number])
     is_cuda = pick_device(config.device)[1] == 'cuda'
     settings = asdict(config) | asdict(build(MLAConfig, model_args)) | {
-        'vocab_size': read_checkpoint(checkpoints[0])['model_args']['vocab_size'],
+        'vocab_size': read_checkpoint(checkpoints[0], mmap=True)['model_args']['vocab_size'],
         'device_name': torch.cuda.get_device_name() if is_cuda else platform.machine(),
         'torch': torch.__version__, 'threads': torch.get_num_threads()}
 

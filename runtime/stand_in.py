@@ -11,11 +11,14 @@ from types import ModuleType
 SLOW = ('torch', 'numpy', 'matplotlib', 'scipy', 'sklearn', 'tqdm', 'transformers')
 
 
+def any_attribute(owner, name):
+    if name.startswith('__'):
+        raise AttributeError(name)
+    return Anything
+
+
 class OfAnything(type):
-    def __getattr__(cls, name):
-        if name.startswith('__'):
-            raise AttributeError(name)
-        return Anything
+    __getattr__ = any_attribute
 
     def __call__(cls, *args, **kwargs):
         # as a decorator it leaves what it decorates
@@ -24,23 +27,15 @@ class OfAnything(type):
 
 class Anything(metaclass=OfAnything):
     """Stands for whatever a module has: a base class, a decorator, a type, a function."""
+    __getattr__ = any_attribute
 
     def __call__(self, decorated=None, *args, **kwargs):
         return decorated
 
-    def __getattr__(self, name):
-        if name.startswith('__'):
-            raise AttributeError(name)
-        return Anything
-
 
 class EmptyModule(ModuleType):
     __path__ = ()
-
-    def __getattr__(self, name):
-        if name.startswith('__'):
-            raise AttributeError(name)
-        return Anything
+    __getattr__ = any_attribute
 
 
 class StandIn(MetaPathFinder, Loader):

@@ -12,8 +12,9 @@ import torch
 from conftest import BOTH, tiny_model
 
 import model as model_module
-from model import GPT, GPTConfig, linear_cross_entropy
+from model import GPT, GPTConfig
 from model_mla import GPT_MLA
+from runtime.cross_entropy import linear_cross_entropy
 from runtime.device import autocast
 
 

@@ -38,14 +38,18 @@ def torchrun(args, script='train.py'):
     return done.returncode, done.stdout, done.stderr
 
 
-def two_processes(args, model_class=GPT):
-    """Train in two processes to the end, much sooner than torchrun's would: they are forked, with
-    torch imported already, and get what torchrun tells its own. Returns the first one's stdout."""
+def two_ranks():
+    """What torchrun tells each of two processes of its own in the environment."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1])}
-    ranks = [address | {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': '2'} for rank in '01']
-    processes = [start(args, model_class, partial(os.environ.update, rank)) for rank in ranks]
+    return [address | {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': '2'} for rank in '01']
+
+
+def two_processes(args, model_class=GPT):
+    """Train in two processes to the end, much sooner than torchrun's would: they are forked, with
+    torch imported already. Returns the first one's stdout."""
+    processes = [start(args, model_class, partial(os.environ.update, rank)) for rank in two_ranks()]
     for process in processes:
         process.join(120)
     out, err = (Path(processes[0].log + end).read_text() for end in ('0.out', '0.err'))

@@ -55,7 +55,7 @@ def test_the_files_are_found():
             'data/openwebtext/prepare.py'} <= TREES.keys()
 
 
-@pytest.mark.parametrize('name, most', [('train.py', 280), ('model.py', 430)])
+@pytest.mark.parametrize('name, most', [('train.py', 280), ('model.py', 390)])
 def test_the_two_files_to_read_first_stay_short(name, most):
     n_lines = len((ROOT / name).read_text().splitlines())
     assert n_lines <= most, f'{name} has {n_lines} lines, at most {most} are allowed'

@@ -1,9 +1,7 @@
 """parallel='fsdp': what two processes hold of a model, and that it computes what one does."""
 
-import multiprocessing
 import os
 import pickle
-import socket
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_model
+from test_faults import FORK
+from test_parallel import two_ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,7 +25,6 @@ from runtime.start import begin
 from runtime.tokenizer import make_tokenizer
 from train import TrainConfig
 
-FORK = multiprocessing.get_context('fork')
 WIDE = dict(n_layer=4, n_embd=64, n_head=2, block_size=8, vocab_size=14, bias=False)
 MODELS = pytest.mark.parametrize('model_class', [GPT, GPT_MLA, GPT_KAhead])
 
@@ -33,22 +32,17 @@ MODELS = pytest.mark.parametrize('model_class', [GPT, GPT_MLA, GPT_KAhead])
 def in_two_processes(function):
     """What function(processes) returns in the first of two processes of parallel='fsdp', on a CPU.
     What it raises in either fails the test."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-
-    def child(rank):
-        os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank),
-                          WORLD_SIZE='2', LOCAL_RANK=str(rank))
+    def child(environment):
+        os.environ.update(environment)
         torch.set_num_threads(1)
         dist.init_process_group('gloo')
-        result = function(Processes(rank, 2, torch.device('cpu'), sharded=True))
+        result = function(Processes(dist.get_rank(), 2, torch.device('cpu'), sharded=True))
         dist.barrier()
-        if rank == 0:
+        if dist.get_rank() == 0:
             sender.send_bytes(pickle.dumps(result))  # by value: the child ends
         dist.destroy_process_group()
     receiver, sender = FORK.Pipe(duplex=False)
-    children = [FORK.Process(target=child, args=(rank,)) for rank in range(2)]
+    children = [FORK.Process(target=child, args=(rank,)) for rank in two_ranks()]
     for process in children:
         process.start()
     result = receiver.recv_bytes() if receiver.poll(60) else None
