@@ -231,29 +231,25 @@ def train_side_by_side(names, config, model_args, workers):
     they were stopped."""
     folders = {name: Path(config.out_dir) / name for name in names}
     bars = {name: progress_bar(total=config.max_iters, desc=f'{name:<14}') for name in names}
-    waiting, running, futures, failed, ending = [*names], set(), {}, None, False
     with StopSignal() as stop, worker_pool(workers) as pool:
-        while running or waiting:
-            for name in waiting[:workers - len(running)]:
-                waiting.remove(name)
-                futures[name] = pool.submit(train_beside, name, config, model_args)
-                running.add(futures[name])
-            done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+        futures = [pool.submit(train_beside, name, config, model_args) for name in names]
+        pending, failed = set(futures), None
+        while pending and not failed and not stop.requested:
+            done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             show_progress(bars, folders)
-            failed = failed or next((future for future in done if future.exception()), None)
-            if (stop.requested or failed) and not ending:
-                ending, waiting = True, []
-                for process in multiprocessing.active_children():
-                    process.terminate()  # it finishes its step
+            failed = next((future for future in done if future.exception()), None)
+        if pending:  # nobody resumes the others
+            for process in multiprocessing.active_children():
+                process.kill()
     for bar in bars.values():
         bar.close()
-    if failed and not stop.requested:
+    if failed:
         failed.result()
     for folder in folders.values():
         if (folder / 'log.txt').exists():
             lines = (folder / 'log.txt').read_text().splitlines()
             print('\n'.join(line for line in lines if not line.startswith('iter ')))
-    return None if stop.requested else [futures[name].result() for name in names]
+    return None if pending else [future.result() for future in futures]
 
 
 def show_progress(bars, folders):

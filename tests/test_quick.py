@@ -40,7 +40,6 @@ def test_a_signal_stops_the_whole_comparison(number, data_dir, tmp_path):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and 'starts anew' in out and 'Traceback' not in err
-    assert out.count('stopped before iteration') == 2
     assert not (out_dir / 'results.json').exists()
 
 
