@@ -5,6 +5,7 @@ Measure speed and memory, in tokens per second and bytes:
     python bench.py train      a step of every model, with random weights
     python bench.py k-ahead    a trained k-ahead model with all its heads against one
     python bench.py prepare    data/openwebtext/prepare.py, on local text
+    python bench.py race       training to a val loss, from the start of the program on
 
 python bench.py decode --help says what that measures, what it needs, and its keys. Numbers can be
 compared within one run: --against adds other programs to it.
@@ -34,6 +35,7 @@ from configurator import UserError, build, check_least, configure, run
 import numpy as np
 import torch
 
+from bench_race import race
 from generate import DecodeStats, generate, new_cache
 from model import GPTConfig
 from model_k_ahead import HEADS, GPT_KAhead, KAheadConfig
@@ -642,7 +644,8 @@ def documents_of_shakespeare(path, count=20_000):
             f.write(json.dumps({'text': text[start:start + length]}) + '\n')
 
 
-COMMANDS = {'prepare': prepare, 'decode': decode, 'train': train, 'k-ahead': k_ahead}
+COMMANDS = {'prepare': prepare, 'decode': decode, 'train': train, 'k-ahead': k_ahead,
+            'race': race}
 
 
 def main():

@@ -200,9 +200,11 @@ class TrainConfig:
     dataset: str = 'openwebtext'  # the folder in data/ with the bins, or the path of one
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per iteration, of all processes
     batch_size: int = 12  # sequences in a micro-batch
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # 'muon': for the matrices of the blocks, and
+                                                   # AdamW for the rest, in fewer iterations
     learning_rate: float = 6e-4  # highest learning rate
     max_iters: int = 600000  # optimizer steps in all
-    weight_decay: float = 1e-1  # AdamW's, on matrices and embeddings
+    weight_decay: float = 1e-1  # on matrices and embeddings
     beta1: float = 0.9  # AdamW's decay of the mean
     beta2: float = 0.95  # AdamW's decay of the variance
     grad_clip: float = 1.0  # clip the gradient's norm at this value, 0 for never

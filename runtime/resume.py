@@ -73,6 +73,11 @@ def check_resumable(found, model, model_class, config):
     if type(iter_num) is not int or iter_num < 0:
         raise UserError(f'checkpoint {path} has iter_num={iter_num!r}, which is no iteration to '
                         'resume from')
+    was = checkpoint_settings(found.checkpoint).get('optimizer', 'adamw')
+    if was != config.optimizer and found.checkpoint.get('optimizer'):
+        raise UserError(f'optimizer={config.optimizer} cannot go on from the state of {was} in '
+                        f'{path}: leave optimizer out, or give --init_from={path} and another '
+                        'out_dir for a new run with its weights')
     if iter_num > config.max_iters and not config.eval_only:
         raise UserError(f'checkpoint {path} is at iteration {iter_num}, '
                         f'max_iters={config.max_iters}: nothing is left to train, so give a larger '
@@ -139,14 +144,14 @@ def restore(state, found, config, processes):
 
 
 def restore_optimizer(optimizer, saved, processes):
-    """Load AdamW's state. Its settings stay those that were asked for now."""
+    """Load the state of AdamW or Muon. Its settings stay those that were asked for now."""
     asked_for = [(group['betas'], group['weight_decay']) for group in optimizer.param_groups]
     processes.load_optimizer(optimizer, saved)
     for group, (betas, weight_decay) in zip(optimizer.param_groups, asked_for):
         group.update(betas=betas, weight_decay=weight_decay)
     for p in (p for group in optimizer.param_groups for p in group['params']):
-        moments = optimizer.state[p]
-        if not p.shape == moments['exp_avg'].shape == moments['exp_avg_sq'].shape:
+        shapes = {value.shape for key, value in optimizer.state[p].items() if key != 'step'}
+        if shapes != {p.shape}:
             raise ValueError(f'it has other shapes than {tuple(p.shape)} for a weight of that '
                              'shape')
 

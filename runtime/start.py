@@ -31,6 +31,7 @@ from runtime.loading import (
     hugging_face_tokenizer,
     is_hugging_face,
 )
+from runtime.muon import add_muon
 from runtime.parallel import recompute_blocks
 from runtime.resume import Found, RunState, check_class, check_resumable, newest_sound, restore
 from runtime.run_log import check_other_logs
@@ -117,6 +118,8 @@ def start_run(model_class, config, model_args, dtype, processes):
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate,
                                            (config.beta1, config.beta2), device_type)
+    if config.optimizer == 'muon':
+        optimizer = add_muon(model, optimizer)
     state = RunState(model, data, optimizer, scaler, notes=notes)
     if found:
         restore(state, found, config, processes)

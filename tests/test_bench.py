@@ -7,10 +7,12 @@ import torch
 from conftest import CHARS, tiny_model
 
 import bench
+from evaluate import split_loss
 from model import GPT, GPTConfig
 from model_k_ahead import GPT_KAhead
 from models import MODELS, VARIANTS, Entry
 from runtime.checkpoint import save_checkpoint
+from runtime.dataset import open_data
 from runtime.tokenizer import gpt2_encoding, make_tokenizer
 
 TINY = ['decode', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=32', '--vocab_size=50',
@@ -212,11 +214,41 @@ def test_another_program_is_no_nanogpt(tmp_path, program):
     assert code == 2 and "is not nanoGPT's (AttributeError" in err and err.count('\n') == 1
 
 
+def test_race_takes_the_first_checkpoint_that_is_good_enough(program, tmp_path, tiny_args):
+    """Against a program that leaves a bad checkpoint at once, and ours after a second."""
+    settings = [arg.lstrip('-') for arg in tiny_args[3:]]
+    (tmp_path / 'config.py').write_text('\n'.join(settings))
+    other = tmp_path / 'other'
+    other.mkdir()
+    save_checkpoint(other / 'bad.pt', tiny_model(GPT), make_tokenizer(CHARS), {}, 1)
+    data = tiny_args[0].split('=')[1]
+    good = split_loss(tiny_model(GPT), open_data(data).val)
+    (other / 'train.py').write_text('''
+import shutil, sys, time
+assert 'manual_seed(1337' == 'manual_seed(7'  # it has been replaced
+out = next(a for a in sys.argv if a.startswith('--out_dir=')).split('=')[1]
+shutil.copy('bad.pt', out + '/ckpt.pt')
+time.sleep(1)
+''')
+    args = ['race', f'--config={tmp_path / "config.py"}', f'--dataset={data}', '--seeds=7',
+            '--json', f'--against={other}']
+    for target, reached in ((good + 0.1, [True, True]), (good - 0.01, [True, False])):
+        code, out, err = program(bench.main, *args, f'--target={target}')
+        assert code == 0, err
+        rows = json.loads(out)['rows']
+        assert [row['reached'] for row in rows] == reached
+        assert rows[1]['val_loss'] == pytest.approx(good)
+        assert (rows[1]['seconds'] < 1) == reached[1] and rows[1]['seed'] == 7
+    for bad in (['--seeds=a'], ['--config=none.py'], ['--against=nowhere']):
+        code, _, err = program(bench.main, *args, *bad)
+        assert code == 2 and err.count('\n') == 1 and bad[0].split('=')[1] in err
+
+
 def test_every_subcommand_has_a_help_of_its_own(program):
     code, out, _ = program(bench.main, '--help')
     assert code == 0 and all(f'bench.py {name}' in out for name in bench.COMMANDS)
     for name, key in (('decode', 'contexts'), ('train', 'steps'), ('k-ahead', 'prompts'),
-                      ('prepare', 'workers')):
+                      ('prepare', 'workers'), ('race', 'target')):
         code, out, _ = program(bench.main, name, '--help')
         assert code == 0 and out.startswith('Measure') and f'python bench.py {name} ' in out
         assert 'It needs' in out and f'--{key}=' in out and out.count('Measure ') == 1
