@@ -65,6 +65,20 @@ class RaggedCache(Cache):
         return *(tensor[..., :end, :] for tensor in self.tensors), mask
 
 
+@dataclass
+class StaticCache(Cache):
+    """A Cache whose steps all have the same shapes, so that one step can be compiled for all of
+    them. n is a tensor (1,), the same one in every layer, and whoever takes a step counts it on.
+    Each step reads one token, and looks at the whole of the tensors through a mask."""
+    n: torch.Tensor
+
+    def append(self, *rows):
+        for tensor, new in zip(self.tensors, rows):
+            tensor.index_copy_(-2, self.n, new)
+        mask = torch.arange(self.tensors[0].size(-2), device=self.n.device) <= self.n
+        return *self.tensors, mask[None]  # (1, length)
+
+
 @lru_cache(maxsize=8)  # all layers want the same
 def causal_mask(T, S, dtype, device):
     """What keeps the last T of S tokens from looking at later ones: 0 or -inf (T, S), which is
@@ -80,6 +94,38 @@ def new_cache(model, B, length):
     like = dict(dtype=weight.dtype, device=weight.device)
     return [Cache([torch.zeros(shape, **like) for shape in shapes])
             for shapes in model.cache_shapes(B, length)]
+
+
+class CompiledStep:
+    """The pass of a model that reads one token, compiled: on a GPU as one CUDA graph. Its cache is
+    as long as the context and is kept, since a graph knows the addresses of its tensors."""
+
+    def __init__(self, model):
+        self.read = torch.compile(model.next_logits, mode='reduce-overhead', dynamic=False,
+                                  fullgraph=True)
+        self.model, self.caches = model, {}  # number of sequences -> cache
+
+    def after(self, cache):
+        """Take over what a cache has remembered."""
+        B = cache[0].tensors[0].size(0)
+        if B not in self.caches:
+            n = torch.zeros(1, dtype=torch.long, device=cache[0].tensors[0].device)
+            self.caches[B] = [StaticCache(layer.tensors, n)
+                              for layer in new_cache(self.model, B, self.model.config.block_size)]
+            for layer in self.caches[B]:
+                for tensor in (*layer.tensors, n):
+                    torch._dynamo.mark_static_address(tensor)
+        for mine, layer in zip(self.caches[B], cache):
+            for tensor, other in zip(mine.tensors, layer.tensors):
+                tensor[..., :layer.n, :] = other[..., :layer.n, :]
+            mine.n.fill_(layer.n)
+        return self.caches[B]
+
+    def __call__(self, idx, cache):
+        """next_logits for idx (B, 1)"""
+        logits = self.read(idx, cache).clone()  # the next step writes where these are
+        cache[0].n.add_(1)
+        return logits
 
 
 @dataclass
@@ -120,7 +166,7 @@ def sample_text(model, tokenizer, seed, n_tokens=200):
 
 @torch.no_grad()
 def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top_p=1.0, stop=None,
-           past_context='slide', generators=None, speculative=True, stats=None):
+           past_context='slide', generators=None, speculative=True, stats=None, step=None):
     """Yield the next token of each of the prompts idx (B, T), then the one after it, and so on:
     tensors (B,).
 
@@ -137,7 +183,8 @@ def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top
     reads the rest and goes on from the cache, which gives another text.
 
     A model of several heads decodes with all of them, unless speculative is False: see speculate.
-    stats, a DecodeStats, counts the tokens of each pass.
+    stats, a DecodeStats, counts the tokens of each pass. step, a CompiledStep of the model, reads
+    the tokens after the prompt.
 
     Raises ValueError for an empty prompt and for settings out of range.
     """
@@ -156,9 +203,10 @@ def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top
         # until the model has seen block_size tokens and drawn one more
         n_new = min(n_left, block_size + 1 - window.size(1))
         speculates = speculative and n_new > 1 and model.n_predictions > 1
-        steps = speculate if speculates else one_by_one
+        tokens = (speculate(model, window, n_new, sampling, stats) if speculates else
+                  one_by_one(model, window, n_new, sampling, stats, step))
         drawn = [window]
-        for new in steps(model, window, n_new, sampling, stats):
+        for new in tokens:
             if stop is not None:
                 new = new.masked_fill(stopped, stop)
                 stopped |= new == stop
@@ -170,15 +218,18 @@ def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top
         window = torch.cat(drawn, dim=1)[:, -n_kept:]
 
 
-def one_by_one(model, window, n_new, sampling, stats):
+def one_by_one(model, window, n_new, sampling, stats, step=None):
     """Yield the n_new tokens (B,) after the window (B, T)."""
     B, T = window.shape
     cache = new_cache(model, B, T + n_new - 1) if n_new > 1 else None
-    for _ in range(n_new):
-        new = sampling.choose(model.next_logits(window, cache))  # (B,)
+    read = model.next_logits
+    for i in range(n_new):
+        new = sampling.choose(read(window, cache))  # (B,)
         stats.gained += [1] * B
         yield new
         window = new.unsqueeze(1)
+        if step and i == 0 < n_new - 1:
+            read, cache = step, step.after(cache)
 
 
 def speculate(model, window, n_new, sampling, stats):
@@ -280,11 +331,15 @@ class Sampling:
         return probs
 
     def draw(self, probs):
-        """An id (B, n) from each of the distributions (B, n, n_vocab), of any sum."""
+        """An id (B, n) from each of the distributions (B, n, n_vocab), of any sum. It is what
+        torch.multinomial draws, which on a GPU waits for it to check the probabilities."""
+        noise = torch.empty_like(probs)
         if self.generators is None:
-            return torch.multinomial(probs.flatten(0, 1), num_samples=1).view(probs.shape[:2])
-        return torch.cat([torch.multinomial(p, 1, generator=g).T
-                          for p, g in zip(probs, self.generators)])
+            noise.exponential_()
+        else:
+            for row, generator in zip(noise, self.generators):
+                row.exponential_(generator=generator)
+        return (probs / noise).argmax(dim=-1)
 
     def uniform(self, like):
         """Random numbers between 0 and 1 of the shape (B, n) of like."""

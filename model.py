@@ -301,7 +301,8 @@ class GPT(nn.Module):
     def last_stream(self, idx, cache=None):
         """The residual stream (B, T, n_embd) after the last block for idx (B, T)."""
         start = cache[0].start if cache else 0
-        self.check_length(start + idx.size(1))
+        if not torch.is_tensor(start):
+            self.check_length(start + idx.size(1))
         x = self.embed(idx, start)  # (B, T, n_embd)
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache[i] if cache else None)

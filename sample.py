@@ -23,7 +23,7 @@ from configurator import UserError, check_least, configure, run
 import numpy as np
 import torch
 
-from generate import DecodeStats, decode
+from generate import CompiledStep, DecodeStats, decode
 from models import describe
 from runtime.checkpoint import latest_path, read_checkpoint
 from runtime.cpu_linear import use_cpu_linear
@@ -173,7 +173,7 @@ def read_ids(config, trained):
     return prompt, stop
 
 
-def draw_samples(config, trained, prompt, stop, numbers, stats):
+def draw_samples(config, trained, prompt, stop, numbers, stats, step):
     """Yield the next token of each of the samples of these numbers, as decode does: tensors
     (count,). Each sample has a generator of its own, so what it draws does not depend on the
     batch that it is in."""
@@ -186,7 +186,7 @@ def draw_samples(config, trained, prompt, stop, numbers, stats):
     return decode(trained.model, idx, config.max_new_tokens, trained.n_vocab,
                   temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                   stop=stop, past_context=config.past_context, generators=generators,
-                  speculative=config.speculative, stats=stats)
+                  speculative=config.speculative, stats=stats, step=step)
 
 
 def show_while_drawn(steps, tokenizer, prompt, stop):
@@ -217,7 +217,7 @@ def print_sample(config, tokenizer, number, prompt, ids, stopped):
         print('---------------')
 
 
-def sample(config, trained, prompt, stop, stats):
+def sample(config, trained, prompt, stop, stats, step):
     """Draw and print all samples. Returns the number of their tokens, without stop tokens."""
     batch_size = 1 if config.stream else config.batch_size
     n_tokens = 0
@@ -225,7 +225,7 @@ def sample(config, trained, prompt, stop, stats):
                             disable=config.stream)
     for first in range(0, config.num_samples, batch_size):
         numbers = range(first, min(first + batch_size, config.num_samples))
-        steps = draw_samples(config, trained, prompt, stop, numbers, stats)
+        steps = draw_samples(config, trained, prompt, stop, numbers, stats, step)
         if config.stream:
             steps = show_while_drawn(steps, trained.tokenizer, prompt, stop)
         drawn = []  # tensors (count,), one for each step
@@ -253,14 +253,13 @@ def main(model_type='gpt', **defaults):
     trained = load_trained(config, model_type, device, dtype)
     prompt, stop = read_ids(config, trained)
     compiles, note = pick_compile(config.compile, device)
-    if compiles:
-        trained.model.compile()
+    step = CompiledStep(trained.model) if compiles else None
     if note:
         print(f'note: {note}', file=sys.stderr)
     print(describe(trained.model), file=sys.stderr if config.json else sys.stdout)
 
     stats, started = DecodeStats(), time.perf_counter()
-    n_tokens = sample(config, trained, prompt, stop, stats)
+    n_tokens = sample(config, trained, prompt, stop, stats, step)
     seconds = time.perf_counter() - started
     print(f'{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s',
           file=sys.stderr)
