@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from bench_race import race
-from generate import DecodeStats, generate, new_cache
+from generate import CompiledStep, DecodeStats, generate, new_cache
 from model import GPTConfig
 from model_k_ahead import HEADS, GPT_KAhead, KAheadConfig
 from model_mla import GPT_MLA, MLAConfig
@@ -71,6 +71,7 @@ class DecodeConfig:
     against: str = ''  # a nanoGPT checkout, 'transformers', or both with a comma between them
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     dtype: Dtype = 'auto'  # of weights and cache; 'auto': bfloat16 on a GPU
+    compile: bool = False  # each model compiled too, beside itself
     seed: int = 1337  # of weights and prompts
     json: bool = False  # print JSON in place of the table
 
@@ -141,6 +142,11 @@ def conditions(config, dtype, machine):
             f'{machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}')
 
 
+def check_compiler(wanted, device):
+    if note := pick_compile(wanted, device)[1]:
+        raise UserError(f'compile=True: {note.split(": it goes")[0]}: leave it out')
+
+
 def synchronize(device_type):
     """Wait for the GPU, so that the time until now is that of its work."""
     if device_type == 'cuda':
@@ -194,7 +200,7 @@ def variants(given, names):
 @dataclass
 class Contender:
     name: str
-    model: torch.nn.Module  # each pass of it gives one token
+    modules: list  # each pass of one of them gives one token
     generate: Callable  # (idx, new_tokens)
     cache_bytes: Callable | None = None  # tokens -> bytes; None where that is not known
 
@@ -225,7 +231,7 @@ def decode(argv):
         python bench.py decode
         python bench.py decode --contexts=1 --against=../nanoGPT,transformers
         python bench.py decode --dtype=bfloat16 --batch_size=8 --json
-        python bench.py decode --models=mha,gqa,mla
+        python bench.py decode --models=mha,gqa,mla --compile
 
     It needs no data and no network. --against adds a nanoGPT checkout and the package transformers,
     with the weights of the first model.
@@ -236,12 +242,16 @@ def decode(argv):
     block_size, vocab_size = shapes[0].block_size, shapes[0].vocab_size
     contexts = read_contexts(config.contexts, block_size)
     device, device_type = pick_device(config.device)
+    check_compiler(config.compile, device)
     dtype = pick_dtype(config.dtype, device_type)
     torch.set_float32_matmul_precision('high')
     torch.manual_seed(config.seed)
     models = [model_class(shape).to(device, dtype).eval() for _, model_class, shape in measured]
     contenders = [our_contender(label, use_cpu_linear(model), config)
                   for (label, *_), model in zip(measured, models)]
+    if config.compile:
+        contenders += [our_contender(f'{label}, compiled', model, config, CompiledStep(model))
+                       for (label, *_), model in zip(measured, models)]
     for name in filter(None, config.against.split(',')):
         if name == 'transformers':
             contenders.append(transformers_contender(models[0]))
@@ -255,7 +265,7 @@ def decode(argv):
         n = min(config.new_tokens, block_size - context)
         trials += [Trial(contender, idx, n) for contender in contenders]
     for contender in contenders:
-        contender.generate(idx[:, :1], 2)  # the first call of anything is slow
+        contender.generate(idx[:, :1], 3)  # the first call of anything is slow
     for trial in (progress := progress_bar(trials * config.rounds)):
         progress.set_description(f'{trial.contender.name} at {trial.idx.size(1)}')
         trial.results.append(time_decoding(trial.contender, trial.idx, trial.new_tokens))
@@ -284,13 +294,14 @@ def read_contexts(text, block_size):
     return contexts
 
 
-def our_contender(name, model, config):
+def our_contender(name, model, config, step=None):
     def cache_bytes(length):
         return sum(layer.nbytes for layer in new_cache(model, config.batch_size, length))
 
     def decode(idx, n):
-        generate(model, idx, n, model.config.vocab_size, temperature=TEMPERATURE, top_k=TOP_K)
-    return Contender(name, model, decode, cache_bytes)
+        generate(model, idx, n, model.config.vocab_size, temperature=TEMPERATURE, top_k=TOP_K,
+                 step=step)
+    return Contender(name, [model, *filter(None, [step])], decode, cache_bytes)
 
 
 def nanogpt_contender(folder, gpt):
@@ -314,7 +325,7 @@ def nanogpt_contender(folder, gpt):
                         ) from None
     weight = gpt.lm_head.weight
     model = model.to(weight.device, weight.dtype).eval()
-    return Contender('nanoGPT', model, lambda idx, n: model.generate(idx, n, TEMPERATURE, TOP_K))
+    return Contender('nanoGPT', [model], lambda idx, n: model.generate(idx, n, TEMPERATURE, TOP_K))
 
 
 def transformers_contender(gpt):
@@ -325,7 +336,7 @@ def transformers_contender(gpt):
     def decode(idx, n):
         model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=True,
                        temperature=TEMPERATURE, top_k=TOP_K, use_cache=True, pad_token_id=0)
-    return Contender('transformers', model, decode)
+    return Contender('transformers', [model], decode)
 
 
 class PassTimes:
@@ -343,23 +354,24 @@ def time_decoding(contender, idx, n):
     """Seconds until the first token, and tokens per second after it, of all sequences together.
     The passes of the model are timed, so that the same is measured whoever calls it."""
     note = PassTimes(idx.device.type)
-    handle = contender.model.register_forward_hook(note)
+    handles = [module.register_forward_hook(note) for module in contender.modules]
     note()
     contender.generate(idx, n)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     start, first, *_, last = note.times
     return first - start, len(idx) * (len(note.times) - 2) / (last - first)
 
 
 def print_decode_table(rows):
     against = f'against {rows[0]["model"]}'
-    print(f'{"context":>8}{"new":>6}  {"model":<14}{"first token":>12}{"tokens/s":>10}'
+    print(f'{"context":>8}{"new":>6}  {"model":<25}{"first token":>12}{"tokens/s":>10}'
           f'{against:>22}{"cache":>12}')
     for row in rows:
         first = next(r for r in rows if r['context'] == row['context'])
         ratio = row['tokens_per_second'] / first['tokens_per_second']
         cache = '' if row['cache_bytes'] is None else f'{row["cache_bytes"] / 1e6:.2f} MB'
-        print(f'{row["context"]:>8}{row["new_tokens"]:>6}  {row["model"]:<14}'
+        print(f'{row["context"]:>8}{row["new_tokens"]:>6}  {row["model"]:<25}'
               f'{row["first_token_seconds"] * 1e3:>9.0f} ms{row["tokens_per_second"]:>10.1f}'
               f'{ratio:>21.2f}x{cache:>12}')
 
@@ -379,8 +391,7 @@ def train(argv):
     config, given = configure(argv, StepConfig, keys_of(MODELS.values()))
     contenders = step_contenders(given, config.models)
     device, device_type = pick_device(config.device)
-    if note := pick_compile(config.compile, device)[1]:
-        raise UserError(f'compile=True: {note.split(": it goes")[0]}: leave it out')
+    check_compiler(config.compile, device)
     rows = []
     for name, model_class, model_config in (progress := progress_bar(contenders)):
         progress.set_description(name)

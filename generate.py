@@ -96,11 +96,12 @@ def new_cache(model, B, length):
             for shapes in model.cache_shapes(B, length)]
 
 
-class CompiledStep:
+class CompiledStep(torch.nn.Module):
     """The pass of a model that reads one token, compiled: on a GPU as one CUDA graph. Its cache is
     as long as the context and is kept, since a graph knows the addresses of its tensors."""
 
     def __init__(self, model):
+        super().__init__()
         self.read = torch.compile(model.next_logits, mode='reduce-overhead', dynamic=False,
                                   fullgraph=True)
         self.model, self.caches = model, {}  # number of sequences -> cache
@@ -121,7 +122,7 @@ class CompiledStep:
             mine.n.fill_(layer.n)
         return self.caches[B]
 
-    def __call__(self, idx, cache):
+    def forward(self, idx, cache):
         """next_logits for idx (B, 1)"""
         logits = self.read(idx, cache).clone()  # the next step writes where these are
         cache[0].n.add_(1)

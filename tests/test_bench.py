@@ -189,9 +189,20 @@ def test_passes_are_counted_whoever_makes_them():
         model(idx)
         for _ in range(n - 1):
             model(idx[:, :1])
-    contender = bench.Contender('slow', model, decode, None)
+    contender = bench.Contender('slow', [model], decode, None)
     first, rate = bench.time_decoding(contender, torch.zeros(4, 9), 6)
     assert 0.05 <= first < 0.1 and 0.4 * 4 / 0.01 < rate <= 4 / 0.01 and not model._forward_hooks
+
+
+def test_compiled_models_stand_beside_themselves(program, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, **_: compile(f, backend='eager'))
+    passes = []
+    monkeypatch.setattr(bench.PassTimes, '__del__', lambda note: passes.append(len(note.times)),
+                        raising=False)
+    code, out, err = program(bench.main, *TINY, '--new_tokens=9', '--models=mha,mla', '--compile')
+    assert code == 0 and 'MHA, compiled' in out and 'MLA, compiled' in out, err
+    assert passes == [10] * 4  # the start, the prompt's pass and eight more
 
 
 @pytest.mark.parametrize('args, words', [
