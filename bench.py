@@ -11,38 +11,42 @@ python bench.py decode --help says what that measures, what it needs, and its ke
 compared within one run: --against adds other programs to it.
 """
 
-import contextlib
-import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
-import platform
-import re
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Literal
 
-from configurator import UserError, build, check_least, configure, run
+from configurator import UserError, check_least, configure, run
 
 import numpy as np
 import torch
 
+from bench_models import (
+    Dtype,
+    attention_entries,
+    check_compiler,
+    check_models,
+    conditions,
+    describe_machine,
+    keys_of,
+    new_nanogpt,
+    not_nanogpt,
+    synchronize,
+    variants,
+)
 from bench_race import race
+from bench_train import train
 from generate import CompiledStep, DecodeStats, generate, new_cache
-from model import GPTConfig
-from model_k_ahead import HEADS, GPT_KAhead, KAheadConfig
-from model_mla import GPT_MLA, MLAConfig
-from models import MODELS, VARIANTS, describe, label_of
+from models import describe
 from runtime.cpu_linear import use_cpu_linear
-from runtime.device import autocast, pick_compile, pick_device, pick_dtype
+from runtime.device import pick_device, pick_dtype
 from runtime.hugging_face import to_hugging_face
 from runtime.loading import load_model
 from runtime.progress import progress_bar
@@ -50,14 +54,6 @@ from runtime.tokenizer import package_folder
 from sample import check_temperature
 
 TEMPERATURE, TOP_K = 0.8, 200  # the sampler's defaults, for all
-Dtype = Literal['auto', 'float32', 'bfloat16', 'float16']
-
-
-def check_models(names):
-    """Raise ValueError for a name that is none of VARIANTS."""
-    if names and not set(names.split(',')) <= VARIANTS.keys():
-        raise ValueError(f'models={names!r} must be some of {", ".join(VARIANTS)}, with commas '
-                         'between them')
 
 
 @dataclass
@@ -77,23 +73,6 @@ class DecodeConfig:
 
     def __post_init__(self):
         check_least(self, new_tokens=2, batch_size=1, rounds=1, seed=0)
-        check_models(self.models)
-
-
-@dataclass
-class StepConfig:
-    batch_size: int = 1  # sequences of block_size tokens in a step
-    steps: int = 3  # that are measured, after a first one
-    models: str = ''  # some of mha, gqa, mla, mla_decoupled, mha_rotary, gqa_rotary, mla_rotary,
-                      # with commas; '': all, and k-ahead
-    device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
-    dtype: Dtype = 'auto'  # of autocast; 'auto': bfloat16 on a GPU
-    compile: bool = False  # torch.compile
-    seed: int = 1337  # of weights and batches
-    json: bool = False  # print JSON in place of the table
-
-    def __post_init__(self):
-        check_least(self, batch_size=1, steps=1, seed=0)
         check_models(self.models)
 
 
@@ -129,72 +108,6 @@ class PrepareBenchConfig:
 
     def __post_init__(self):
         check_least(self, rounds=1, workers=1)
-
-
-def describe_machine(device_type):
-    is_cuda = device_type == 'cuda'
-    return {'device': torch.cuda.get_device_name() if is_cuda else platform.machine(),
-            'threads': torch.get_num_threads(), 'torch': torch.__version__}
-
-
-def conditions(config, dtype, machine):
-    return (f'batch of {config.batch_size}, {str(dtype).removeprefix("torch.")}, '
-            f'{machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}')
-
-
-def check_compiler(wanted, device):
-    if note := pick_compile(wanted, device)[1]:
-        raise UserError(f'compile=True: {note.split(": it goes")[0]}: leave it out')
-
-
-def synchronize(device_type):
-    """Wait for the GPU, so that the time until now is that of its work."""
-    if device_type == 'cuda':
-        torch.cuda.synchronize()
-
-
-def attention_entries():
-    """The models of the registry that differ in their attention alone."""
-    return [entry for entry in MODELS.values() if not issubclass(entry.model_class, GPT_KAhead)]
-
-
-def keys_of(entries):
-    """A dataclass with the keys of all the entries' models."""
-    classes = dict.fromkeys(entry.model_class.config_class for entry in entries)
-    bases = sorted(classes, key=lambda cls: len(cls.__mro__), reverse=True)  # subclasses first
-
-    @dataclass
-    class ModelKeys(*bases):
-        pass
-    return ModelKeys
-
-
-def build_config(model_class, given, **more):
-    """The config of a model class, from those of the given keys that it has."""
-    known = {f.name for f in fields(model_class.config_class)}
-    settings = {key: value for key, value in given.items() if key in known}
-    return build(model_class.config_class, settings | more)
-
-
-def variants(given, names):
-    """[(label, model class, config)] of the VARIANTS with these names, or of all and every other
-    attention in the registry. given are keys of the models. Raises UserError."""
-    for key in ('rotary', 'n_rotary', 'n_kv_head'):
-        if key in given:
-            raise UserError(f'{key}={given[key]!r} is what the variants differ in: leave it out, '
-                            'and choose among them with --models')
-    shape, found = build_config(GPT_MLA, given), []
-    for name in names.split(',') if names else VARIANTS:
-        model_type, _, settings = VARIANTS[name]
-        model_class = MODELS[model_type].model_class
-        config = build_config(model_class, given, **settings(shape))
-        found.append((label_of(model_type, config), model_class, config))
-    known = {variant.model_type for variant in VARIANTS.values()}
-    for entry in attention_entries():
-        if not names and entry.model_class.model_type not in known:
-            config = build_config(entry.model_class, given)
-            found.append((entry.label, entry.model_class, config))
-    return found
 
 
 @dataclass
@@ -306,24 +219,12 @@ def our_contender(name, model, config, step=None):
 
 def nanogpt_contender(folder, gpt):
     """The model of the nanoGPT checkout in folder, with the weights of gpt."""
-    path = Path(folder) / 'model.py'
-    if not path.is_file():
-        raise UserError(f'against={folder!r}: there is no {path}; give a nanoGPT checkout, or '
-                        "'transformers'")
-    spec = importlib.util.spec_from_file_location('nanogpt_model', path)
-    module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
-    keys = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
-    settings = {key: getattr(gpt.config, key) for key in keys}
+    model, weight = new_nanogpt(folder, gpt.config), gpt.lm_head.weight
     try:
-        spec.loader.exec_module(module)
-        with contextlib.redirect_stdout(sys.stderr):
-            model = module.GPT(module.GPTConfig(**settings))
         model.load_state_dict(gpt.state_dict())
         model.generate
-    except Exception as e:  # it is another program
-        raise UserError(f"against={folder!r}: {path} is not nanoGPT's ({type(e).__name__}: {e})"
-                        ) from None
-    weight = gpt.lm_head.weight
+    except Exception as e:
+        raise not_nanogpt(folder, e) from None
     model = model.to(weight.device, weight.dtype).eval()
     return Contender('nanoGPT', [model], lambda idx, n: model.generate(idx, n, TEMPERATURE, TOP_K))
 
@@ -374,104 +275,6 @@ def print_decode_table(rows):
         print(f'{row["context"]:>8}{row["new_tokens"]:>6}  {row["model"]:<25}'
               f'{row["first_token_seconds"] * 1e3:>9.0f} ms{row["tokens_per_second"]:>10.1f}'
               f'{ratio:>21.2f}x{cache:>12}')
-
-
-def train(argv):
-    """
-    Measure a training step: milliseconds, tokens per second and peak memory. Every variant and
-    model of models.py is measured, k-ahead with each kind of head, with random weights of a given
-    shape (default: GPT-2's 124 M) and random tokens.
-
-        python bench.py train --batch_size=1
-        python bench.py train --n_layer=6 --n_embd=384 --n_head=6 --block_size=256 --steps=10
-
-    It needs no data and no network, and at the default shape about 4 GB of memory. Each model has a
-    process of its own, one after the other.
-    """
-    config, given = configure(argv, StepConfig, keys_of(MODELS.values()))
-    contenders = step_contenders(given, config.models)
-    device, device_type = pick_device(config.device)
-    check_compiler(config.compile, device)
-    rows = []
-    for name, model_class, model_config in (progress := progress_bar(contenders)):
-        progress.set_description(name)
-        # a process's peak never falls again, so each has a new one
-        spawn = multiprocessing.get_context('spawn')
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            step = pool.submit(measure_steps, model_class, model_config, config)
-            description, ms, peak = step.result()
-        rate = config.batch_size * model_config.block_size / ms * 1e3
-        rows.append({'model': name, 'description': description, 'ms_per_step': ms,
-                     'peak_bytes': peak, 'tokens_per_second': rate})
-    machine = describe_machine(device_type)
-    if config.json:
-        settings = asdict(config) | asdict(model_config) | machine
-        print(json.dumps({'rows': rows, 'settings': settings}, indent=2))
-        return
-    print('\n'.join(row['description'] for row in rows))
-    dtype, compiled = pick_dtype(config.dtype, device_type), ', compiled' if config.compile else ''
-    print(f'{conditions(config, dtype, machine)}{compiled}; median of {config.steps}\n')
-    against = f'against {rows[0]["model"]}'
-    print(f'{"model":<24}{"ms per step":>12}{"tokens/s":>10}{"peak memory":>14}{against:>22}')
-    for row in rows:
-        print(f'{row["model"]:<24}{row["ms_per_step"]:>12,.0f}{row["tokens_per_second"]:>10,.0f}'
-              f'{row["peak_bytes"] / 1e6:>11,.0f} MB'
-              f'{row["peak_bytes"] / rows[0]["peak_bytes"]:>21.2f}x')
-
-
-def step_contenders(given, names=''):
-    """[(name, model class, config)] as variants() has them and, where no names were given, of
-    k-ahead with every kind of head."""
-    contenders = variants(given, names)
-    if names:
-        return contenders
-    if given.get('attention') != 'mla':  # what only MLA has is then not for the heads
-        of_mla = {f.name for f in fields(MLAConfig)} - {f.name for f in fields(GPTConfig)}
-        given = {key: value for key, value in given.items() if key not in of_mla}
-    contenders.append(('k-ahead', GPT_KAhead, build_config(GPT_KAhead, given)))
-    for head in HEADS:
-        if head != KAheadConfig.head:
-            config = build_config(GPT_KAhead, given, head=head)
-            contenders.append((f'k-ahead, {head} heads', GPT_KAhead, config))
-    return contenders
-
-
-def peak_bytes(device_type):
-    """The most memory that this process has had: of the GPU, or of the machine."""
-    if device_type == 'cuda':
-        return torch.cuda.max_memory_allocated()
-    try:  # since the program began; getrusage would count what its parent had, if that was more
-        status = Path('/proc/self/status').read_text()
-        return int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]) * 1024
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == 'darwin' else 1024)
-
-
-def measure_steps(model_class, model_config, config):
-    """Train a model for some steps. Returns its description, ms per step and peak bytes."""
-    device, device_type = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device_type)
-    torch.set_float32_matmul_precision('high')
-    torch.manual_seed(config.seed)
-    before = peak_bytes(device_type)
-    model = model_class(model_config).to(device)
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
-    net = torch.compile(model) if config.compile else model
-    shape = (config.batch_size, model_config.block_size + 1)
-    times = []
-    for _ in range(config.steps + 1):
-        idx = torch.randint(model_config.vocab_size, shape, device=device)
-        t0 = time.perf_counter()
-        with autocast(device_type, dtype):
-            loss = net(idx[:, :-1], idx[:, 1:])[1]
-        loss.backward()
-        del loss  # and with it its graph
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        synchronize(device_type)
-        times.append(time.perf_counter() - t0)
-    return describe(model), statistics.median(times[1:]) * 1e3, peak_bytes(device_type) - before
 
 
 def k_ahead(argv):

@@ -239,7 +239,7 @@ class GPT(nn.Module):
     config_class = GPTConfig
     attention_class = CausalSelfAttention
     n_predictions = 1  # tokens that are predicted at each position
-    max_logits = 2 ** 24  # that a loss has in memory at a time, of all predictions
+    max_logits = 2 ** 25  # that a loss has in memory at a time
 
     def __init__(self, config):
         super().__init__()
@@ -325,9 +325,10 @@ class GPT(nn.Module):
         """The mean loss in nats of the last residual stream x (B, T, n_embd) on targets (B, T),
         -1 where there is none; 0 if all are."""
         from runtime.cross_entropy import linear_cross_entropy  # to learn, not to predict
-        x = self.transformer.ln_f(x).flatten(0, 1)
-        max_logits = self.max_logits // self.n_predictions
-        return linear_cross_entropy(x, self.lm_head.weight, targets.flatten(), max_logits)
+        x, targets = self.transformer.ln_f(x).flatten(0, 1), targets.flatten()
+        known, W = targets != -1, self.lm_head.weight
+        total, _ = linear_cross_entropy(x, W, targets, known, self.max_logits)
+        return total / known.sum().clamp(min=1)
 
     def next_logits(self, idx, cache=None):
         """The logits (B, vocab_size) of the token after idx (B, T)."""

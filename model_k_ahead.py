@@ -184,19 +184,31 @@ class GPT_KAhead(GPT):
         """The loss of each head, (k,), in nats, and the share (k,) of the positions with a target
         at which it learns: 1 with positions='all'. Raises ValueError beyond block_size."""
         self.check_length(idx.size(1))
-        return self.losses_of(self.head_states(idx), targets)
+        return self.losses_of(self.head_states(idx), targets)[1:]
 
     def losses_of(self, states, targets):
-        """losses, of the heads' last residual streams, k tensors (B, T, n_embd)."""
-        losses, shares = [], []
-        mean_loss = self.mean_loss
-        if torch.compiler.is_compiling():  # compiled, the logits of several heads would be alive
-            mean_loss = torch.compiler.disable(mean_loss)
-        for i, (x, wanted) in enumerate(zip(states, self.head_targets(states[0], targets))):
-            losses.append(mean_loss(x[:, :wanted.size(1)], wanted))
-            n_all = (targets[:, i:] != -1).sum().clamp(min=1)
-            shares.append((wanted != -1).sum() / n_all)
-        return torch.stack(losses), torch.stack(shares)
+        """The loss to learn from and what losses() gives, of the heads' last residual streams, k
+        tensors (B, T, n_embd). The unembedding reads those of all heads as one batch, so that it
+        has one gradient."""
+        from runtime.cross_entropy import linear_cross_entropy  # to learn, not to predict
+        shifted = self.head_targets(states[0], targets)
+        sizes = [wanted.numel() for wanted in shifted]
+        x = torch.cat([x[:, :t.size(1)].flatten(0, 1) for x, t in zip(states, shifted)])
+        wanted = torch.cat([t.flatten() for t in shifted])  # (N,), of all heads
+        n_all = torch.stack([(targets[:, i:] != -1).sum() for i in range(len(shifted))]).clamp(min=1)
+        n_known = torch.stack([(t != -1).sum() for t in shifted])
+        # of each row, but for 1 / n_all[0], which comes last: half precision could not hold it
+        weights = torch.tensor(self.config.normalised_weights(), device=x.device,
+                               dtype=torch.promote_types(x.dtype, torch.float32))
+        weights = weights * n_all[0] / n_all
+        row_weights = torch.cat([w.expand(n) for w, n in zip(weights, sizes)])
+        loss_of_rows = linear_cross_entropy
+        if torch.compiler.is_compiling():  # compiled, the logits of all heads would be alive
+            loss_of_rows = torch.compiler.disable(linear_cross_entropy)
+        loss, losses = loss_of_rows(self.transformer.ln_f(x), self.lm_head.weight, wanted,
+                                    row_weights, self.max_logits)
+        of_heads = torch.stack([part.sum() for part in losses.split(sizes)])
+        return loss / n_all[0], of_heads / n_known.clamp(min=1), n_known / n_all
 
     def forward(self, idx, targets=None):
         """idx (B, T) are token ids, targets (B, T) the next ones, -1 where none is to be learned.
@@ -213,11 +225,7 @@ class GPT_KAhead(GPT):
         if targets is None or not self.training:
             logits = torch.stack([self.unembed(x) for x in states], dim=1)  # (B, k, T, vocab_size)
         if targets is not None:
-            losses, shares = self.losses_of(states, targets)
-            self.head_losses = losses.detach()
-            weights = losses.new_tensor(self.config.normalised_weights())
-            # no @, which autocast would take for a matrix product in half precision
-            loss = (losses * shares * weights).sum()
+            loss, self.head_losses, _ = self.losses_of(states, targets)
         return logits, loss
 
     def next_logits(self, idx, cache=None):

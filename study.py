@@ -95,7 +95,7 @@ def train_cell(cell, out_dir, max_iters):
     start = 'scratch' if is_control else 'auto'
     data, _ = dataset_of(cell, out_dir)
     arguments = [*cell.arguments(), f'--max_iters={max_iters}', f'--dataset={data}',
-                 f'--out_dir={folder}', f'--init_from={start}', '--device=cpu']
+                 f'--out_dir={folder}', f'--init_from={start}', '--device=cpu', '--dtype=float32']
     path = checkpoint_path(folder, model_class.model_type)
     with open(folder / 'log.txt', 'a') as log, redirect_stdout(log), redirect_stderr(log):
         if not path.exists() or read_checkpoint(path, mmap=True)['iter_num'] < max_iters:

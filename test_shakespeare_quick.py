@@ -51,7 +51,7 @@ SAME = dict(out_dir='out_shakespeare_quick', dataset='shakespeare_char',
 # 0.9, weight_decay 0.1, grad_clip 1) the last three lower the val loss by 1.9 % for MHA and 1.5 %
 # for MLA.
 ON_CPU = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0,
-              eval_iters=40, beta1=0.8, weight_decay=0.0, grad_clip=0.0)
+              eval_iters=40, beta1=0.8, weight_decay=0.0, grad_clip=0.0, dtype='float32')
 ON_GPU = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
               eval_iters=40)
 SAMPLE_TOKENS = 300

@@ -33,7 +33,7 @@ from runtime.run_folder import RunFolder, StopSignal
 from runtime.run_log import PendingLosses, RunLog, by_head, check_finite
 from runtime.saver import CheckpointSaver
 from runtime.schedule import learning_rate_at
-from runtime.start import start_run, taken_from_checkpoint, tell_taken
+from runtime.start import settle_dtype, start_run, taken_from_checkpoint, tell_taken
 from runtime.tokenizer import Tokenizer
 
 
@@ -47,6 +47,7 @@ def train(model_class, config, model_args, processes, stop, folder):
     # the state to begin with: new, from a checkpoint, or with GPT-2's weights
     config = resolve_init_from(config, model_class.model_type)
     state = start_run(model_class, config, model_args, dtype, processes)
+    config, dtype = settle_dtype(config, state, dtype, processes)
     model, data, optimizer, scaler = state.model, state.data, state.optimizer, state.scaler
     compiled, note = pick_compile(config.compile, device)
     peak = peak_flops(device, dtype)
@@ -220,7 +221,7 @@ class TrainConfig:
     backend: str = 'auto'  # between processes: 'nccl', 'gloo' or 'auto', which is nccl on GPUs
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast; 'auto': bfloat16
-                                                                       # on a GPU that has it
+                                             # on a GPU that has it, and where a CPU gains by it
     compile: Literal[True, False, 'auto'] = 'auto'  # torch.compile; 'auto': on a GPU
     seed: int = 1337  # decides weights, data order and dropout
 

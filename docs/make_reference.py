@@ -42,9 +42,10 @@ PROGRAMS = [
     ('convert_mla.py', 'convert_mla', 'ConvertConfig'),
     ('export_huggingface.py', 'export_huggingface', 'ExportConfig'),
     ('bench.py decode', 'bench', 'DecodeConfig'),
-    ('bench.py train', 'bench', 'StepConfig'),
+    ('bench.py train', 'bench_train', 'StepConfig'),
     ('bench.py k-ahead', 'bench', 'KAheadDecodeConfig'),
     ('bench.py prepare', 'bench', 'PrepareBenchConfig'),
+    ('bench.py race', 'bench_race', 'RaceConfig'),
     ('study.py', 'study', 'StudyConfig'),
     ('data/prepare.py', 'data.prepare', 'PrepareConfig'),
     ('data/induction/prepare.py', 'data.induction.prepare', 'InductionConfig'),
@@ -86,7 +87,9 @@ def reference():
     for title, module_name, class_name in PROGRAMS:
         module = import_module(module_name)
         config_class = getattr(module, class_name)
-        program = module.COMMANDS[title.split()[1]] if module_name == 'bench' else module
+        program = module
+        if title.startswith('bench.py'):
+            program = import_module('bench').COMMANDS[title.split()[1]]
         parts += [f'## {title}\n', summary(program.__doc__) + '\n', table(config_class)]
         if class_name == 'TrainConfig':
             for heading, model_config, known in MODEL_KEYS:

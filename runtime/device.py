@@ -5,11 +5,14 @@ message where the machine lacks what is asked for.
 
 import re
 import sys
+import time
 from contextlib import nullcontext
 
 from configurator import UserError
 
 import torch
+
+WORTH_A_TRY = 1e10  # FLOPs of a micro-batch, about a quarter of a second on two cores
 
 
 def pick_device(name, local_rank=None):
@@ -59,6 +62,31 @@ def pick_dtype(name, device_type):
         return torch.float32
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def seconds_of(block, x, dtype):
+    """How long a block takes forward and backward for x (B, T, n_embd), the shorter of two."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with autocast('cpu', dtype):
+            block(x).float().sum().backward()
+        times.append(time.perf_counter() - began)
+    block.zero_grad(set_to_none=True)
+    return min(times[1:])
+
+
+def bfloat16_ratio(model, batch_size):
+    """The time of a block of the model in bfloat16 on this CPU, as a share of that in float32; None
+    where it is not worth a try: on a CPU without instructions for it, and for a small model."""
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()  # torch 2.11 has none
+    shape = min(512, model.config.block_size), model.config.n_embd
+    flops = model.flops_per_token() * batch_size * model.config.block_size
+    has_it = capabilities.get('avx512_bf16') or capabilities.get('amx_bf16')
+    if not has_it or flops < WORTH_A_TRY:
+        return None
+    block, x = model.transformer.h[0], torch.randn(1, *shape)
+    return seconds_of(block, x, torch.bfloat16) / seconds_of(block, x, torch.float32)
 
 
 def pick_compile(choice, device):

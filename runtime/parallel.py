@@ -103,9 +103,12 @@ class Processes:
                     model.mean_loss = torch.compile(model.mean_loss)
             return model
         net = torch.compile(model) if compiled else model
+        if compiled:
+            model.losses = torch.compile(model.losses)  # of evaluations
         if self.size == 1:
             return net
-        return DDP(net, device_ids=[self.device.index] if self.device.type == 'cuda' else None)
+        devices = [self.device.index] if self.device.type == 'cuda' else None
+        return DDP(net, device_ids=devices, gradient_as_bucket_view=True)
 
     def gradient_sync(self, net, now):
         """Say whether the next backward pass averages gradients over the processes, or only adds

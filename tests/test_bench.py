@@ -7,6 +7,8 @@ import torch
 from conftest import CHARS, tiny_model
 
 import bench
+import bench_models
+import bench_train
 from evaluate import split_loss
 from model import GPT, GPTConfig
 from model_k_ahead import GPT_KAhead
@@ -124,7 +126,7 @@ def test_train_shows_that_four_heads_need_hardly_more_memory(program, monkeypatc
     """With logits of 67 MB, which four heads at once would make 268."""
     args = ['train', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=256',
             '--vocab_size=16384', '--batch_size=4', '--device=cpu', '--steps=1', '--json']
-    monkeypatch.setattr(bench, 'VARIANTS', {key: VARIANTS[key] for key in ('mha', 'mla')})
+    monkeypatch.setattr(bench_models, 'VARIANTS', {key: VARIANTS[key] for key in ('mha', 'mla')})
     code, out, err = program(bench.main, *args)
     assert code == 0, err
     rows = {row['model']: row for row in json.loads(out)['rows']}
@@ -138,6 +140,34 @@ def test_train_shows_that_four_heads_need_hardly_more_memory(program, monkeypatc
 def save_k_ahead(path, **settings):
     model = tiny_model(GPT_KAhead, **settings)
     save_checkpoint(path, model, make_tokenizer(CHARS), {}, 1)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_train_measures_the_parts_of_a_step_beside_nanogpts(optimizer, tmp_path, program):
+    (tmp_path / 'model.py').write_text(PEER)
+    args = ['train', *TINY[1:-2], '--steps=2', '--rounds=2', '--models=mla', f'--against={tmp_path}',
+            f'--optimizer={optimizer}']
+    code, out, err = program(bench.main, *args, '--json')
+    assert code == 0, err
+    report = json.loads(out)
+    assert [row['model'] for row in report['rows']] == ['MLA', 'nanoGPT']
+    for row in report['rows']:
+        parts = [row[f'{part}_ms'] for part in ('data', 'forward', 'backward', 'optimizer')]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(row['ms_per_step'], rel=0.5)
+        # 32 tokens in a step
+        assert row['tokens_per_second'] * row['ms_per_step'] == pytest.approx(32 * 1e3)
+        config = {'MLA': GPT_MLA, 'nanoGPT': GPT}[row['model']].config_class(
+            32, 50, 2, 2, 16, bias=True)
+        model = {'MLA': GPT_MLA, 'nanoGPT': GPT}[row['model']](config)
+        flops = model.flops_per_token() * row['tokens_per_second']
+        assert row['share_of_product'] * report['product_flops'] == pytest.approx(flops)
+    code, out, err = program(bench.main, *args)
+    assert code == 0 and 'against MLA' in out and f', {optimizer};' in out, err
+
+
+def test_the_fastest_product_is_near_what_this_machine_does():
+    flops = bench_train.fastest_product(torch.device('cpu'), torch.float32, size=256)
+    assert 1e8 < flops < 1e14
 
 
 def test_k_ahead_measures_a_checkpoint(tmp_path, data_dir, program):

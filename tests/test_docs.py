@@ -24,7 +24,9 @@ from test_tokenizer import learned
 
 from analysis import NAMES
 from analysis.program import AnalysisConfig
-from bench import DecodeConfig, KAheadDecodeConfig, PrepareBenchConfig, StepConfig
+from bench import DecodeConfig, KAheadDecodeConfig, PrepareBenchConfig
+from bench_race import RaceConfig
+from bench_train import StepConfig
 from convert_mla import ConvertConfig
 from data import prepare, tiny_shakespeare
 from data.prepare import PrepareConfig
@@ -325,7 +327,7 @@ def test_the_reference_is_current():
 
 @pytest.mark.parametrize('config_class', [
     TrainConfig, KAheadConfig, SampleConfig, EvaluateConfig, ConvertConfig, ExportConfig,
-    DecodeConfig, StepConfig, KAheadDecodeConfig, PrepareBenchConfig, PrepareConfig,
+    DecodeConfig, StepConfig, KAheadDecodeConfig, PrepareBenchConfig, RaceConfig, PrepareConfig,
     ResidualConfig, RunsConfig, AnalysisConfig])
 def test_every_key_is_explained_with_its_default(config_class):
     rows = [f'| `{f.name}` | `{f.default!r}` | ' for f in fields(config_class)]

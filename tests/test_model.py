@@ -252,17 +252,18 @@ def test_a_loss_in_chunks_and_its_gradients_are_the_definitions(dtype, precision
     torch.manual_seed(0)
     x, W = torch.randn(23, 12).double(), torch.randn(31, 12).double()
     targets = torch.randint(31, (23,)).masked_fill(torch.arange(23) % 5 == 0, -1)
-    found = []
+    weights, found = torch.rand(23, dtype=torch.float64), []
     for max_logits in (31 * 4, 10 ** 6):
         a, b = (t.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for t in (x, W))
         with nullcontext() if dtype == torch.float64 else autocast('cpu', dtype):
-            loss = linear_cross_entropy(a, b, targets, max_logits)
+            loss, losses = linear_cross_entropy(a, b, targets, weights, max_logits)
         (3 * loss).backward()
-        found.append([loss, a.grad, b.grad])
+        found.append([loss, losses, a.grad, b.grad])
     wanted = [t.requires_grad_() for t in (x, W)]
-    loss = -sum((x[i] @ W.T).log_softmax(0)[t] for i, t in enumerate(targets) if t >= 0) / 18
+    losses = torch.stack([-(x[i] @ W.T).log_softmax(0)[t] * (t >= 0) for i, t in enumerate(targets)])
+    loss = sum(w * loss for w, loss in zip(weights, losses))
     (3 * loss).backward()
-    wanted = [loss, x.grad, W.grad]
+    wanted = [loss, losses, x.grad, W.grad]
     for results in found:
         for got, want in zip(results, wanted, strict=True):
             assert (got - want).norm() <= precision * want.norm()
@@ -271,9 +272,11 @@ def test_a_loss_in_chunks_and_its_gradients_are_the_definitions(dtype, precision
 def test_a_loss_in_chunks_without_gradients_makes_none():
     W = torch.randn(31, 12, requires_grad=True)
     with torch.no_grad():
-        loss = linear_cross_entropy(torch.randn(23, 12), W, torch.arange(23), 31 * 4)
-    assert not loss.requires_grad and torch.isfinite(loss)
-    assert linear_cross_entropy(torch.randn(2, 12), W, torch.tensor([-1, -1]), 31) == 0
+        loss, losses = linear_cross_entropy(torch.randn(23, 12), W, torch.arange(23), torch.ones(23),
+                                            31 * 4)
+    assert not loss.requires_grad and loss == losses.sum() and losses.min() > 0
+    none = torch.tensor([-1, -1])
+    assert linear_cross_entropy(torch.randn(2, 12), W, none, torch.ones(2), 31)[0] == 0
 
 
 def test_half_precision_gradients_of_a_chunked_loss_do_not_vanish():
@@ -284,6 +287,7 @@ def test_half_precision_gradients_of_a_chunked_loss_do_not_vanish():
     grads = []
     for a, b in ((x, W), (x.double(), W.double())):
         a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
-        (2.0 ** 13 * linear_cross_entropy(a, b, targets, 300 * 512)).backward()
+        total, _ = linear_cross_entropy(a, b, targets, torch.ones(4096), 300 * 512)
+        (2.0 ** 13 / 4096 * total).backward()
         grads.append(a.grad.double())
     assert (grads[0] - grads[1]).norm() < 0.01 * grads[1].norm()
