@@ -195,7 +195,8 @@ class GPT_KAhead(GPT):
         sizes = [wanted.numel() for wanted in shifted]
         x = torch.cat([x[:, :t.size(1)].flatten(0, 1) for x, t in zip(states, shifted)])
         wanted = torch.cat([t.flatten() for t in shifted])  # (N,), of all heads
-        n_all = torch.stack([(targets[:, i:] != -1).sum() for i in range(len(shifted))]).clamp(min=1)
+        n_all = torch.stack([(targets[:, i:] != -1).sum() for i in range(len(shifted))])
+        n_all = n_all.clamp(min=1)
         n_known = torch.stack([(t != -1).sum() for t in shifted])
         # of each row, but for 1 / n_all[0], which comes last: half precision could not hold it
         weights = torch.tensor(self.config.normalised_weights(), device=x.device,

@@ -12,6 +12,7 @@ import bench_train
 from evaluate import split_loss
 from model import GPT, GPTConfig
 from model_k_ahead import GPT_KAhead
+from model_mla import GPT_MLA
 from models import MODELS, VARIANTS, Entry
 from runtime.checkpoint import save_checkpoint
 from runtime.dataset import open_data
@@ -95,7 +96,7 @@ def test_a_new_attention_is_measured_once_it_is_in_the_registry(program, monkeyp
     known = ['MHA', 'GQA', 'MLA', 'MLA decoupled', 'MHA rotary', 'GQA rotary', 'MLA rotary']
     assert [row['model'] for row in report['rows']] == [*known, 'Toy']
     assert report['settings']['n_toys'] == 2 and report['settings']['n_latent'] == 8
-    names = [name for name, *_ in bench.step_contenders({'n_toys': 3})]
+    names = [name for name, *_ in bench_train.step_contenders({'n_toys': 3})]
     assert names == [*known, 'Toy', 'k-ahead', 'k-ahead, linear heads']
 
 
@@ -145,8 +146,8 @@ def save_k_ahead(path, **settings):
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_train_measures_the_parts_of_a_step_beside_nanogpts(optimizer, tmp_path, program):
     (tmp_path / 'model.py').write_text(PEER)
-    args = ['train', *TINY[1:-2], '--steps=2', '--rounds=2', '--models=mla', f'--against={tmp_path}',
-            f'--optimizer={optimizer}']
+    args = ['train', *TINY[1:-2], '--steps=2', '--rounds=2', '--models=mla',
+            f'--against={tmp_path}', f'--optimizer={optimizer}']
     code, out, err = program(bench.main, *args, '--json')
     assert code == 0, err
     report = json.loads(out)
@@ -156,9 +157,8 @@ def test_train_measures_the_parts_of_a_step_beside_nanogpts(optimizer, tmp_path,
         assert min(parts) > 0 and sum(parts) == pytest.approx(row['ms_per_step'], rel=0.5)
         # 32 tokens in a step
         assert row['tokens_per_second'] * row['ms_per_step'] == pytest.approx(32 * 1e3)
-        config = {'MLA': GPT_MLA, 'nanoGPT': GPT}[row['model']].config_class(
-            32, 50, 2, 2, 16, bias=True)
-        model = {'MLA': GPT_MLA, 'nanoGPT': GPT}[row['model']](config)
+        model_class = {'MLA': GPT_MLA, 'nanoGPT': GPT}[row['model']]
+        model = model_class(model_class.config_class(32, 50, 2, 2, 16))
         flops = model.flops_per_token() * row['tokens_per_second']
         assert row['share_of_product'] * report['product_flops'] == pytest.approx(flops)
     code, out, err = program(bench.main, *args)

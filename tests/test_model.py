@@ -260,7 +260,7 @@ def test_a_loss_in_chunks_and_its_gradients_are_the_definitions(dtype, precision
         (3 * loss).backward()
         found.append([loss, losses, a.grad, b.grad])
     wanted = [t.requires_grad_() for t in (x, W)]
-    losses = torch.stack([-(x[i] @ W.T).log_softmax(0)[t] * (t >= 0) for i, t in enumerate(targets)])
+    losses = torch.stack([-row.log_softmax(0)[t] * (t >= 0) for row, t in zip(x @ W.T, targets)])
     loss = sum(w * loss for w, loss in zip(weights, losses))
     (3 * loss).backward()
     wanted = [loss, losses, x.grad, W.grad]
@@ -272,8 +272,8 @@ def test_a_loss_in_chunks_and_its_gradients_are_the_definitions(dtype, precision
 def test_a_loss_in_chunks_without_gradients_makes_none():
     W = torch.randn(31, 12, requires_grad=True)
     with torch.no_grad():
-        loss, losses = linear_cross_entropy(torch.randn(23, 12), W, torch.arange(23), torch.ones(23),
-                                            31 * 4)
+        x, targets, weights = torch.randn(23, 12), torch.arange(23), torch.ones(23)
+        loss, losses = linear_cross_entropy(x, W, targets, weights, 31 * 4)
     assert not loss.requires_grad and loss == losses.sum() and losses.min() > 0
     none = torch.tensor([-1, -1])
     assert linear_cross_entropy(torch.randn(2, 12), W, none, torch.ones(2), 31)[0] == 0
