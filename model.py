@@ -358,7 +358,8 @@ class GPT(nn.Module):
     def from_state_dict(cls, config, state_dict):
         """A model whose parameters are the tensors of state_dict, not copies. None is initialised
         first. Raises RuntimeError where they do not fit the config."""
-        with torch.device('meta'):
+        from runtime.skip_init import SkipInit
+        with torch.device('meta'), SkipInit():
             model = cls(config)
         model.load_state_dict(state_dict, assign=True)
         model.transformer.wte.weight = model.lm_head.weight

@@ -58,7 +58,8 @@ class SampleConfig:
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of weights and cache;
                                                                        # 'auto': bfloat16 on a GPU
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile a step, which takes seconds and pays in long runs of a
+                           # small model
 
     def __post_init__(self):
         check_least(self, num_samples=1, batch_size=1, max_new_tokens=0, temperature=0, top_k=1,

@@ -66,7 +66,7 @@ def train(model_class, config, model_args, processes, stop, folder):
     tokens_per_iter = sequences_per_iter * model.config.block_size
     log.begin(tokens_per_iter, dtype, compiled)
 
-    while not (stopped := processes.any(stop.requested)):
+    while not (stopped := pending.asks_at(state.iter_num) and processes.any(stop.requested)):
         lr = learning_rate_at(state.iter_num, config)
         for group in optimizer.param_groups:
             group['lr'] = lr

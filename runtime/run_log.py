@@ -168,10 +168,16 @@ class PendingLosses:
         self.processes, self.learning_rate = processes, learning_rate
         self.pending = {}  # iter_num -> tensor of losses
         self.durations = []  # seconds per iteration, of each stretch
+        self.stride = 1  # iterations from one question for signals to the next
         self.started = time.perf_counter()
 
     def add(self, iter_num, losses):
         self.pending[iter_num] = losses
+
+    def asks_at(self, iter_num):
+        """Whether the processes ask each other for signals before an iteration: every 10 ms, where
+        iterations are shorter and are not settled one by one."""
+        return iter_num % self.stride == 0
 
     def restart_clock(self):
         """Leave out of the next stretch what came since the last one, such as an evaluation."""
@@ -188,6 +194,9 @@ class PendingLosses:
             check_finite('the loss', iter_num, [loss], self.learning_rate)
         now = time.perf_counter()
         self.durations.append((now - self.started) / len(self.pending))
+        if self.processes.size > 1 and len(self.pending) > 1:
+            slowest = self.processes.max(int(self.durations[-1] * 1e6))  # all have to agree
+            self.stride = max(1, 10_000 // max(1, slowest))
         self.pending, self.started = {}, now
         return losses[-1], self.durations[-1]
 

@@ -349,7 +349,7 @@ def test_a_slip_of_the_pen_names_the_key(typed, meant):
 
 
 @pytest.mark.parametrize('typed', [
-    'momentum', 'epochs', 'optimizer', 'foo', 'steps', 'gpus', 'num_workers',
+    'momentum', 'epochs', 'foo', 'steps', 'gpus', 'num_workers',
     'precision', 'resume', 'prompt', 'size', 'x', '', 'eval', 'la'])
 def test_a_word_that_is_near_no_key_names_none(typed):
     assert nearest_key(typed, keys(TrainConfig, MLAConfig)) is None

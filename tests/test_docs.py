@@ -77,6 +77,16 @@ NOT_RUN = {  # commands that the test of a page does not run, and why
         'tests/test_circuits_that_copy.py',
     'python -m analysis.latent_surgery out_induction/ckpt.pt': 'needs a long run; ' + TESTED +
         'tests/test_circuits_that_copy.py',
+    'python bench.py race --against=../nanoGPT': NANOGPT,
+    'python bench.py train --models=mha,mla --rounds=8 --steps=12 --n_layer=4 --n_head=4 '
+    '--n_embd=128 --block_size=64 --vocab_size=64 --batch_size=12 --against=../nanoGPT': NANOGPT,
+    'python bench.py train --models=mha,mla --rounds=4 --steps=2 --n_layer=6 --n_head=6 '
+    '--n_embd=384 --block_size=256 --vocab_size=64 --batch_size=12 --against=../nanoGPT': NANOGPT,
+    'python bench.py train --models=mha,mla --rounds=2 --steps=2 --block_size=256 --batch_size=4 '
+    '--against=../nanoGPT': NANOGPT,
+    'python bench.py decode --compile --models=mha,mla --n_layer=4 --n_head=4 --n_embd=128 '
+    '--vocab_size=64 --block_size=256 --contexts=1 --new_tokens=254':
+        TESTED + 'tests/test_bench.py',
     'python bench.py train --steps=1': TESTED + 'tests/test_bench.py',
     'python bench.py prepare --against=../nanoGPT': NANOGPT,
     'python bench.py decode --contexts=1 --new_tokens=512 --against=../nanoGPT,transformers':

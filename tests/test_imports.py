@@ -40,6 +40,19 @@ model(idx, idx)[1].backward()
 ''') == {'torch'}
 
 
+def test_loading_a_model_does_not_import_the_compiler():
+    """torch.nn.init's functions do on the device meta. Nothing is drawn, and the weights come."""
+    assert imported('''
+import torch
+from model_mla import GPT_MLA, MLAConfig
+config = MLAConfig(n_layer=2, n_head=2, n_embd=8, block_size=16, vocab_size=14)
+model, before = GPT_MLA(config), torch.get_rng_state()
+other = GPT_MLA.from_state_dict(config, model.state_dict())
+assert torch.equal(before, torch.get_rng_state()) and not any(p.is_meta for p in other.parameters())
+assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+''') == {'torch'}
+
+
 PROGRAMS = sorted(str(path.relative_to(ROOT))
                   for path in [*ROOT.glob('*.py'), *ROOT.glob('data/**/prepare.py')]
                   if "__name__ == '__main__'" in path.read_text())

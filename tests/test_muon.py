@@ -94,6 +94,19 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(model_class, dtype, tiny
     assert without_times(read_metrics(half)) == without_times(read_metrics(whole))
 
 
+def test_scaled_gradients_of_float16_are_unscaled_before_a_step(tiny_args, tmp_path, program):
+    """Also where nothing is clipped, and after a resume."""
+    found = []
+    for dtype in ('float32', 'float16'):
+        args = [*tiny_args, '--optimizer=muon', '--grad_clip=0', f'--dtype={dtype}',
+                f'--out_dir={tmp_path / dtype}', '--weight_decay=0.5']
+        for own in (['--max_iters=3'], ['--init_from=resume']):
+            code, _, err = program(trainer.main, *args, *own)
+            assert code == 0, err
+        found.append(losses(tmp_path / dtype))
+    assert found[0] == pytest.approx(found[1], abs=0.02)
+
+
 @pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 def test_two_processes_end_as_one_does(parallel, tiny_args, tmp_path, program):
     args = [*tiny_args, '--optimizer=muon']
