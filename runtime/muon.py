@@ -64,7 +64,7 @@ def step_together(matrices, states, lr, weight_decay):
 
 
 def orthogonal(G):
-    """Matrices G (n, rows, cols) = U S V^T -> U S' V^T, where S' is between 0.7 and 1.2, by a
+    """Matrices G (n, rows, cols) = U S V^T -> U S' V^T, where S' is near 1 (0.7 to 1.2), by a
     quintic iteration after Newton and Schulz. On a GPU it is in bfloat16, which is enough."""
     a, b, c = COEFFICIENTS
     X = G.bfloat16() if G.is_cuda else G
