@@ -106,7 +106,8 @@ def watch(command, cwd, out_dir):
         while running:
             running = process.poll() is None
             now = (path.stat().st_mtime, path.stat().st_size) if path.exists() else None
-            if now and now == seen and (not copies or now[0] - began > copies[-1][0]):
+            is_complete = now == seen or not running
+            if now and is_complete and (not copies or now[0] - began > copies[-1][0]):
                 copies.append((now[0] - began, shutil.copy(path, f'{path}.{len(copies)}')))
             seen = now
             time.sleep(POLL if running else 0)

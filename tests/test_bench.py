@@ -8,6 +8,7 @@ from conftest import CHARS, tiny_model
 
 import bench
 import bench_models
+import bench_race
 import bench_train
 from evaluate import split_loss
 from model import GPT, GPTConfig
@@ -279,6 +280,9 @@ time.sleep(1)
         assert [row['reached'] for row in rows] == reached
         assert rows[1]['val_loss'] == pytest.approx(good)
         assert (rows[1]['seconds'] < 1) == reached[1] and rows[1]['seed'] == 7
+    last_words = f"import shutil; shutil.copy('{other}/bad.pt', '{tmp_path}/ckpt.pt')"
+    checkpoints, seconds = bench_race.watch(['-c', last_words], tmp_path, tmp_path)
+    assert [at <= seconds for at, _ in checkpoints] == [True]  # it ended at once
     for bad in (['--seeds=a'], ['--config=none.py'], ['--against=nowhere']):
         code, _, err = program(bench.main, *args, *bad)
         assert code == 2 and err.count('\n') == 1 and bad[0].split('=')[1] in err
