@@ -219,7 +219,7 @@ def our_contender(name, model, config, step=None):
 
 def nanogpt_contender(folder, gpt):
     """The model of the nanoGPT checkout in folder, with the weights of gpt."""
-    model, weight = new_nanogpt(folder, gpt.config), gpt.lm_head.weight
+    model, weight = new_nanogpt(folder, gpt.config, ", or 'transformers'"), gpt.lm_head.weight
     try:
         model.load_state_dict(gpt.state_dict())
         model.generate

@@ -93,12 +93,13 @@ def variants(given, names):
     return found
 
 
-def new_nanogpt(folder, config):
+def new_nanogpt(folder, config, or_else=''):
     """A model of one of our configs from the nanoGPT checkout in folder, which says how large it
-    is. Raises UserError where there is none."""
+    is. Raises UserError where there is none; or_else is what else could be given."""
     path = Path(folder) / 'model.py'
     if not path.is_file():
-        raise UserError(f'against={folder!r}: there is no {path}; give a nanoGPT checkout')
+        raise UserError(f'against={folder!r}: there is no {path}; give a nanoGPT checkout'
+                        f'{or_else}')
     spec = importlib.util.spec_from_file_location('nanogpt_model', path)
     module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
     keys = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')

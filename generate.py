@@ -97,8 +97,8 @@ def new_cache(model, B, length):
 
 
 class CompiledStep(torch.nn.Module):
-    """The pass of a model that reads one token, compiled: on a GPU as one CUDA graph. Its cache is
-    as long as the context and is kept, since a graph knows the addresses of its tensors."""
+    """The pass of a model that reads one token, compiled: on a GPU as one CUDA graph. Its caches
+    are as long as the context and are kept, since a graph knows the addresses of their tensors."""
 
     def __init__(self, model):
         super().__init__()
@@ -106,21 +106,21 @@ class CompiledStep(torch.nn.Module):
                                   fullgraph=True)
         self.model, self.caches = model, {}  # number of sequences -> cache
 
-    def after(self, cache):
-        """Take over what a cache has remembered."""
-        B = cache[0].tensors[0].size(0)
+    def empty_cache(self, B):
+        """A cache for the prompts of B sequences, in the memory of the steps after them."""
         if B not in self.caches:
-            n = torch.zeros(1, dtype=torch.long, device=cache[0].tensors[0].device)
+            n = torch.zeros(1, dtype=torch.long, device=self.model.lm_head.weight.device)
             self.caches[B] = [StaticCache(layer.tensors, n)
                               for layer in new_cache(self.model, B, self.model.config.block_size)]
-            for layer in self.caches[B]:
-                for tensor in (*layer.tensors, n):
-                    torch._dynamo.mark_static_address(tensor)
-        for mine, layer in zip(self.caches[B], cache):
-            for tensor, other in zip(mine.tensors, layer.tensors):
-                tensor[..., :layer.n, :] = other[..., :layer.n, :]
-            mine.n.fill_(layer.n)
-        return self.caches[B]
+            for tensor in (n, *(t for layer in self.caches[B] for t in layer.tensors)):
+                torch._dynamo.mark_static_address(tensor)
+        return [Cache(layer.tensors) for layer in self.caches[B]]
+
+    def after(self, cache):
+        """The cache of the steps after the prompts that an empty_cache has taken up."""
+        static = self.caches[cache[0].tensors[0].size(0)]
+        static[0].n.fill_(cache[0].n)
+        return static
 
     def forward(self, idx, cache):
         """next_logits for idx (B, 1)"""
@@ -222,15 +222,16 @@ def decode(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top
 def one_by_one(model, window, n_new, sampling, stats, step=None):
     """Yield the n_new tokens (B,) after the window (B, T)."""
     B, T = window.shape
-    cache = new_cache(model, B, T + n_new - 1) if n_new > 1 else None
-    read = model.next_logits
+    cache, read = None, model.next_logits
+    if n_new > 1:
+        cache = step.empty_cache(B) if step else new_cache(model, B, T + n_new - 1)
     for i in range(n_new):
+        if step and i == 1:
+            read, cache = step, step.after(cache)
         new = sampling.choose(read(window, cache))  # (B,)
         stats.gained += [1] * B
         yield new
         window = new.unsqueeze(1)
-        if step and i == 0 < n_new - 1:
-            read, cache = step, step.after(cache)
 
 
 def speculate(model, window, n_new, sampling, stats):

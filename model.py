@@ -301,7 +301,7 @@ class GPT(nn.Module):
     def last_stream(self, idx, cache=None):
         """The residual stream (B, T, n_embd) after the last block for idx (B, T)."""
         start = cache[0].start if cache else 0
-        if not torch.is_tensor(start):
+        if not torch.is_tensor(start):  # to ask one would wait for a GPU
             self.check_length(start + idx.size(1))
         x = self.embed(idx, start)  # (B, T, n_embd)
         for i, block in enumerate(self.transformer.h):

@@ -27,7 +27,7 @@ from runtime.batches import EVALUATION, TRAINING, Batches
 from runtime.dataset import SPLITS
 from runtime.device import peak_flops, pick_compile, pick_dtype
 from runtime.loading import GPT2_NAMES
-from runtime.parallel import join_processes
+from runtime.parallel import join_processes, whole
 from runtime.resume import resolve_init_from
 from runtime.run_folder import RunFolder, StopSignal
 from runtime.run_log import PendingLosses, RunLog, by_head, check_finite
@@ -110,7 +110,7 @@ def train(model_class, config, model_args, processes, stop, folder):
         # clip the gradient and step
         if config.grad_clip:
             scaler.unscale_(optimizer)
-            grad_norm = processes.whole(
+            grad_norm = whole(
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
         scaler.step(optimizer)
         scaler.update()

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import torch
 
-from runtime.parallel import blocks_of
+from runtime.parallel import blocks_of, shard_like, whole
 
 # of the Newton-Schulz iteration, by Jordan et al.: singular values from 0.01 on come near 1
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
@@ -50,16 +50,11 @@ def step_together(matrices, states, lr, weight_decay):
             state |= {'step': torch.zeros(()), 'momentum_buffer': torch.zeros_like(p)}
         state['step'] += 1  # AdamW's loading wants it
         mean = state['momentum_buffer'].lerp_(p.grad, 1 - MOMENTUM)
-        direction = p.grad.lerp(mean, MOMENTUM)  # Nesterov's
-        is_sharded = hasattr(direction, 'full_tensor')
-        directions.append(direction.full_tensor() if is_sharded else direction)
+        directions.append(whole(p.grad.lerp(mean, MOMENTUM)))  # Nesterov's
     steps = orthogonal(torch.stack(directions))
     for p, step in zip(matrices, steps):
-        if is_sharded:
-            from torch.distributed.tensor import distribute_tensor
-            step = distribute_tensor(step, p.device_mesh, p.placements, src_data_rank=None)
         p.mul_(1 - lr * weight_decay)
-        p.add_(step, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+        p.add_(shard_like(p, step), alpha=-lr * 0.2 * max(p.shape) ** 0.5)
         p.grad = None
 
 

@@ -59,10 +59,6 @@ class Processes:
         """Wait until all processes have come here."""
         self.any(False)
 
-    def whole(self, tensor):
-        """A tensor, put together if it is sharded. All processes have to call it."""
-        return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
-
     def max_abs(self, parameters):
         """The largest absolute value in parameters, nan if one of them is."""
         parts = [p.to_local() if hasattr(p, 'to_local') else p for p in parameters]
@@ -124,7 +120,7 @@ class Processes:
             return {key: self.gather(item) for key, item in value.items()}
         if not hasattr(value, 'full_tensor'):
             return value
-        value = self.whole(value)
+        value = whole(value)
         return value.cpu() if self.is_first else None
 
     def full_state(self, model, optimizer):
@@ -141,19 +137,25 @@ class Processes:
         process has."""
         if self.sharded:
             params = [p for group in optimizer.param_groups for p in group['params']]
-            shards = {i: {key: self.shard(params[i], value) for key, value in of_one.items()}
+            shards = {i: {key: shard_like(params[i], value) for key, value in of_one.items()}
                       for i, of_one in state['state'].items()}
             state = state | {'state': shards}
         optimizer.load_state_dict(state)
 
-    def shard(self, p, value):
-        """This process's part of value, split as the parameter p is, if it has p's shape."""
-        from torch.distributed.tensor import distribute_tensor
-        if torch.is_tensor(value) and value.shape == p.shape and value.dim():
-            # each process has read the whole value, so none has to be sent
-            return distribute_tensor(value.to(self.device), p.device_mesh, p.placements,
-                                     src_data_rank=None)
+
+def whole(tensor):
+    """A tensor, put together if it is sharded. All processes have to call it."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+
+
+def shard_like(p, value):
+    """This process's part of a value that each process has, if it has the shape of the parameter p
+    and p is sharded."""
+    is_whole = torch.is_tensor(value) and value.shape == p.shape and value.dim()
+    if not is_whole or not hasattr(p, 'full_tensor'):
         return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def blocks_of(model):

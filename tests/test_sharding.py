@@ -20,7 +20,7 @@ from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
 from runtime.checkpoint import save_checkpoint
 from runtime.device import autocast
-from runtime.parallel import Processes, recompute_blocks
+from runtime.parallel import Processes, recompute_blocks, whole
 from runtime.start import begin
 from runtime.tokenizer import make_tokenizer
 from train import TrainConfig
@@ -119,7 +119,7 @@ def test_the_gradients_of_two_micro_steps_are_those_of_one_process(model_class, 
         for step, (x, y) in enumerate(batches[processes.rank::processes.size]):
             processes.gradient_sync(net, now=step == 1)
             (net(x, y)[1] * processes.size / len(batches)).backward()
-        return {name: processes.whole(p.grad).numpy() for name, p in model.named_parameters()}
+        return {name: whole(p.grad).numpy() for name, p in model.named_parameters()}
 
     torch.manual_seed(3)
     batches = [(torch.randint(14, (2, 8)), torch.randint(14, (2, 8))) for _ in range(4)]
