@@ -9,8 +9,8 @@ An attention is a module made from the model's config. The rest of the project k
 
     forward(x, cache=None)   causal attention over x (B, T, n_embd), and over what a cache holds:
                              cache.append(*rows) -> (*all rows so far, mask)
-    heads(x, start=0)        q, k, v per head, (B, n_head, T, width), as the scores see them: x's
-                             first token is at the position start
+    heads(x, start=0, tap)   q, k, v per head, (B, n_head, T, width), as the scores see them: x's
+                             first token is at the position start; tap is that of analysis/record
     head_weights()           maps of row vectors: W_Q, W_K, W_V (n_head, n_embd, head_dim) and
                              W_O (n_head, head_dim, n_embd). W_Q and W_K are without positions
     rotary_weights()         optional: maps Q, K (n_head, n_embd, width) of the part of the scores
@@ -40,6 +40,10 @@ from torch.nn import functional as F
 def require(fine, message):
     if not fine:
         raise ValueError(message)
+
+
+def as_is(name, value):
+    return value
 
 
 @dataclass
@@ -106,20 +110,16 @@ def split_heads(x, n_head):
     return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
 
 
-def rotate(x, start, base, n=None):
-    """Rotary positions (RoFormer, eq. 34) of x (B, H, T, width), whose first token is at start, a
-    number or a tensor (B, 1): the last n numbers of each token turn, by default all. Numbers i and
-    i + n / 2 of them are a pair, which turns by position / base^(2 i / n) radians."""
-    n = x.size(-1) if n is None else n
-    if n == 0:
-        return x
+def rotate(x, start, base):
+    """Rotary positions (RoFormer, eq. 34) of x (B, H, T, width), first at start, a number or (B, 1).
+    Numbers i and i + width / 2 are a pair, which turns by position / base^(2 i / width) radians."""
     position = start + torch.arange(x.size(2), device=x.device)  # (T,) or (B, T)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    exponent = torch.arange(0, n, 2, device=x.device, dtype=dtype) / n
-    angle = position.view(-1, 1, x.size(2), 1) / base ** exponent  # (B or 1, 1, T, n / 2)
+    exponent = torch.arange(0, x.size(-1), 2, device=x.device, dtype=dtype) / x.size(-1)
+    angle = position.view(-1, 1, x.size(2), 1) / base ** exponent  # (B or 1, 1, T, width / 2)
     cos, sin = angle.cos(), angle.sin()
-    rest, a, b = x.split((x.size(-1) - n, n // 2, n // 2), dim=-1)
-    return torch.cat((rest, a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def attend(q, k, v, mask=None, dropout_p=0.0):
@@ -158,8 +158,7 @@ class CausalSelfAttention(nn.Module):
         n_all = self.n_head + 2 * self.n_kv_head
         self.c_attn = nn.Linear(config.n_embd, n_all * config.head_dim, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
-        self.dropout = config.dropout
+        self.resid_dropout, self.dropout = nn.Dropout(config.dropout), config.dropout
         self.is_rotary, self.base = config.rotary == 'all', config.rotary_base
 
     def of_all(self, q, k, v):
@@ -167,16 +166,18 @@ class CausalSelfAttention(nn.Module):
         n = self.n_head // self.n_kv_head
         return q, k.repeat_interleave(n, dim=-3), v.repeat_interleave(n, dim=-3)
 
-    def project(self, x, start=0):
+    def project(self, x, start=0, tap=as_is):
         """x (B, T, n_embd) -> q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim)"""
         all_heads = split_heads(self.c_attn(x), self.n_head + 2 * self.n_kv_head)
-        q, k, v = all_heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        parts = all_heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        q, k, v = (tap(name, part) for name, part in zip('qkv', parts))
         if self.is_rotary:
-            q, k = rotate(q, start, self.base), rotate(k, start, self.base)
+            q = tap('rot_q', rotate(q, start, self.base))
+            k = tap('rot_k', rotate(k, start, self.base))
         return q, k, v
 
-    def heads(self, x, start=0):
-        return self.of_all(*self.project(x, start))
+    def heads(self, x, start=0, tap=as_is):
+        return self.of_all(*self.project(x, start, tap))
 
     def forward(self, x, cache=None):
         q, k, v = self.project(x, cache.start if cache else 0)
@@ -186,8 +187,7 @@ class CausalSelfAttention(nn.Module):
 
     def cache_shapes(self, B, length):
         """Keys and values: 2 n_kv_head head_dim numbers per token."""
-        shape = B, self.n_kv_head, length, self.c_proj.in_features // self.n_head
-        return [shape, shape]
+        return 2 * [(B, self.n_kv_head, length, self.c_proj.in_features // self.n_head)]
 
     def head_weights(self):
         W = weights_into_heads(self.c_attn, self.n_head + 2 * self.n_kv_head)

@@ -21,7 +21,16 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, attend, require, rotate, split_heads, weights_into_heads
+from model import (
+    GPT,
+    GPTConfig,
+    as_is,
+    attend,
+    require,
+    rotate,
+    split_heads,
+    weights_into_heads,
+)
 
 
 @dataclass
@@ -86,29 +95,38 @@ class MultiLatentAttention(nn.Module):
         """c (..., width) of an encoder, normed and scaled. Gains are left to what reads it."""
         return self.scaled(F.rms_norm(c, c.shape[-1:], eps=1e-6) if self.norms else c)
 
-    def remembered(self, x, start=0):
+    def remembered(self, x, start=0, tap=as_is):
         """x (B, T, n_embd) -> [c, r] (B, T, n_latent + n_rotary), all that decoding needs of it"""
-        if not self.n_rotary:
-            return self.latent(self.latent_enc(x))
         c, r = self.latent_enc(x).split((self.n_latent, self.n_rotary), dim=-1)
-        return torch.cat((self.latent(c), rotate(r[:, None], start, self.base)[:, 0]), dim=-1)
+        c = tap('kv_latent', self.latent(c))
+        if not self.n_rotary:
+            return c
+        r = tap('rot_k', rotate(r[:, None], start, self.base))  # (B, 1, T, n_rotary)
+        return torch.cat((c, r[:, 0]), dim=-1)
 
-    def queries(self, x, start=0):
+    def queries(self, x, start=0, tap=as_is):
         """x (B, T, n_embd) -> q (B, n_head, T, head_dim + n_rotary)"""
-        q = self.query(self.latent(self.query_enc(x)) if self.query_enc else x)
+        q = self.query(tap('q_latent', self.latent(self.query_enc(x))) if self.query_enc else x)
         q = split_heads(q, self.n_head)
-        return rotate(q, start, self.base, q.size(-1) if self.is_rotary else self.n_rotary)
+        if self.is_rotary:
+            return tap('rot_q', rotate(tap('q', q), start, self.base))
+        if self.n_rotary:
+            q, turned = q.split((q.size(-1) - self.n_rotary, self.n_rotary), dim=-1)
+            q = torch.cat((q, tap('rot_q', rotate(turned, start, self.base))), dim=-1)
+        return tap('q', q)
 
-    def keys_and_values(self, m, start=0):
+    def keys_and_values(self, m, start=0, tap=as_is):
         """m = [c, r] (B, S, n_latent + n_rotary) -> k and v, as of heads()"""
         c, r = m.split((self.n_latent, self.n_rotary), dim=-1)
         k, v = split_heads(self.key(c), self.n_head), split_heads(self.value(c), self.n_head)
         if self.n_rotary:
             k = torch.cat((k, r.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)
-        return rotate(k, start, self.base) if self.is_rotary else k, v
+        k, v = tap('k', k), tap('v', v)
+        return tap('rot_k', rotate(k, start, self.base)) if self.is_rotary else k, v
 
-    def heads(self, x, start=0):
-        return self.queries(x, start), *self.keys_and_values(self.remembered(x, start), start)
+    def heads(self, x, start=0, tap=as_is):
+        m = self.remembered(x, start, tap)
+        return self.queries(x, start, tap), *self.keys_and_values(m, start, tap)
 
     def forward(self, x, cache=None):
         start = cache.start if cache else 0

@@ -27,6 +27,7 @@ without the others.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from configurator import UserError, run
 
@@ -38,7 +39,7 @@ from analysis.composition import chance, compositions, layers
 from analysis.induction_heads import batch_size, best_shifts, copies_with_lags, shift_scores
 from analysis.plots import Panel, draw_panels, field_maps, with_notes
 from analysis.program import AnalysisConfig, main, top_heads
-from analysis.record import final_stream, record
+from analysis.record import Taps, final_stream, record
 from runtime.progress import progress_bar
 
 COPIES = 0.5  # copy accuracy from which a model is said to copy
@@ -78,15 +79,15 @@ class Circuit:
     note: str = ''  # which part of the scores the compositions are about
 
 
-def copy_accuracy(model, copies, edit=None):
+def copy_accuracy(model, copies, taps=None):
     """How often model is right on the tokens of the second copy but the first, which no one can
-    know. edit is record's."""
+    know. taps are record's."""
     idx = copies.idx.to(model.lm_head.weight.device)
     places = copies.queries()[:, :-1]
     rows = torch.arange(len(idx))[:, None]
     right = 0
     for part in torch.arange(len(idx)).split(batch_size(model, idx.size(1))):
-        x = final_stream(record(model, idx[part], edit))[rows[:len(part)], places[part]]
+        x = final_stream(record(model, idx[part], taps))[rows[:len(part)], places[part]]
         guesses = model.unembed(x).argmax(-1).cpu()  # (B, length - 1)
         right += (guesses == copies.idx[part].gather(1, places[part] + 1)).sum().item()
     return right / places.numel()
@@ -115,13 +116,13 @@ def mean_outputs(model, idx):
 
 
 def without(means, heads):
-    """An edit for record that holds heads at their means."""
-    def edit(layer, z):
+    """Taps for record that hold heads at their means."""
+    def at_means(layer, z):
         z = z.clone()
         for head in [head for at, head in heads if at == layer]:
             z[:, head] = means[layer][head]
         return z
-    return edit
+    return Taps({f'blocks.{layer}.attn.z': partial(at_means, layer) for layer, _ in heads})
 
 
 def draw_others(named, c, seed):

@@ -119,9 +119,9 @@ def kind_of(text):
     return 'in a word' if text.isalpha() else 'other'
 
 
-def losses_of(model, idx, edit=None):
-    """The loss in nats (B, T) of each prediction in idx (B, T + 1). edit is record's."""
-    return stream_losses(model, final_stream(record(model, idx[:, :-1], edit)), idx[:, 1:])
+def losses_of(model, idx, taps=None):
+    """The loss in nats (B, T) of each prediction in idx (B, T + 1). taps are record's."""
+    return stream_losses(model, final_stream(record(model, idx[:, :-1], taps)), idx[:, 1:])
 
 
 def mean_over(values, chosen):
@@ -196,8 +196,8 @@ def analyse(subject, config):
 
     def rise_without(heads):
         """How much each loss (windows, T) rises with heads at their means."""
-        edit = without(means, heads)
-        return torch.cat([losses_of(model, idx, edit) for idx in windows]) - whole
+        taps = without(means, heads)
+        return torch.cat([losses_of(model, idx, taps) for idx in windows]) - whole
 
     alone, alone_error = np.full((2, c.n_layer, c.n_head), np.nan)
     asked = list(np.ndindex(alone.shape)) if alone.size <= 64 else named

@@ -1,12 +1,16 @@
 """
 Run a model once and hand over what happened, one block at a time. So the attention patterns of no
-more than one block are alive. The output of a head can be changed on the way: ablation and
-patching need nothing else.
+more than one block are alive. Whatever has a name can be kept or changed on the way: ablation,
+patching and the notebook need nothing else.
 
-Every attention has heads() and c_proj, so nothing here asks which one a model has.
+The names are those of TransformerLens, without its hook_. docs/notebook.md has a table of them. The
+attention itself taps what is its own (q, k, v, the latents), so nothing here asks which one a model
+has.
 """
 
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -26,62 +30,144 @@ class BlockRecord:
     mlp_out: torch.Tensor  # (B, T, n_embd)
     after: torch.Tensor  # (B, T, n_embd) before + attention_out + mlp_out
 
-    def pattern(self):
-        """The attention pattern: causal softmax(q k^T / sqrt(width)), (B, n_head, T, T)."""
+    def scores(self):
+        """The scores q k^T / sqrt(width), -inf for later tokens, (B, n_head, T, T)."""
         T, width = self.q.shape[-2:]
         later = torch.ones(T, T, dtype=torch.bool, device=self.q.device).triu(1)
-        scores = self.q @ self.k.mT * width ** -0.5
-        return scores.masked_fill_(later, -torch.inf).softmax(dim=-1)
+        return (self.q @ self.k.mT * width ** -0.5).masked_fill_(later, -torch.inf)
+
+    def pattern(self):
+        """The attention pattern: the softmax of the scores, (B, n_head, T, T)."""
+        return self.scores().softmax(dim=-1)
 
 
-def record(model, idx, edit=None):
+@dataclass
+class Taps:
+    """What a run changes and what it keeps. edits has a function for each name, which returns what
+    goes on in the place of what it is given. keep has the names of what is put into found."""
+    edits: dict = field(default_factory=dict)
+    keep: frozenset = frozenset()
+    found: dict = field(default_factory=dict)
+
+    def __call__(self, name, value):
+        if name in self.edits:
+            value = self.edits[name](value)
+        if name in self.keep:
+            self.found[name] = value
+        return value
+
+    def ask_for(self, *names):
+        """Whether any of names is changed or kept. What costs time or memory is made only then."""
+        return any(name in self.edits or name in self.keep for name in names)
+
+    def under(self, prefix):
+        """A function that taps the names which begin with prefix, and are given without it."""
+        return lambda name, value: self(prefix + name, value)
+
+
+def record(model, idx, taps=None):
     """Run model (a GPT of any kind, in eval mode) on idx (B, T). Yield a BlockRecord per block.
-
-    edit(layer, z), if given, returns what replaces z (B, n_head, T, head_dim) in that layer.
-    Raises ValueError for more tokens than block_size.
-    """
+    taps, if given, are the Taps of the run. Raises ValueError for more tokens than block_size."""
     model.check_length(idx.size(1))
+    taps = taps or Taps()
     with torch.no_grad():
-        x = model.embed(idx)
-    return run_from(model, x, 0, edit)
+        x = embed(model, idx, taps)
+    return run_from(model, x, 0, taps)
+
+
+@contextmanager
+def tapped(module, name, taps, reads=False):
+    """Tap what a module returns or, with reads, what it reads, as long as this is open."""
+    if reads:
+        hook = module.register_forward_pre_hook(lambda _, read: (taps(name, *read),))
+    else:
+        hook = module.register_forward_hook(lambda _, read, value: taps(name, value))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def embed(model, idx, taps):
+    """The residual stream before the first block. Its parts have names too."""
+    parts = [(model.transformer.wte, 'embed')]
+    if 'wpe' in model.transformer:
+        parts.append((model.transformer.wpe, 'pos_embed'))  # (T, n_embd): the same in each row
+    with ExitStack() as stack:
+        for module, name in parts:
+            if taps.ask_for(name):
+                stack.enter_context(tapped(module, name, taps))
+        return model.embed(idx)
 
 
 @torch.no_grad()
-def run_from(model, x, layer, edit=None):
+def run_from(model, x, layer, taps=None):
     """As record, from the residual stream x (B, T, n_embd) that enters the block number layer."""
     for number in range(layer, len(model.transformer.h)):
-        block = run_block(model, number, x, edit)
+        block = run_block(model, number, x, taps)
         yield block
         x = block.after
 
 
-def run_block(model, number, x, edit=None, reads=None):
-    """The BlockRecord of the block number, which x (B, T, n_embd) enters. edit is record's. reads,
+def run_block(model, number, x, taps=None, reads=None):
+    """The BlockRecord of the block number, which x (B, T, n_embd) enters. taps is record's. reads,
     if given, returns from the input of the attention (B, T, n_embd) what keys and values are read
     from in its place. Queries and a shared rotary key still read the input."""
-    block = model.transformer.h[number]
-    q, k, v = block.attn.heads(read := block.ln_1(x))
+    block, name, taps = model.transformer.h[number], f'blocks.{number}.', taps or Taps()
+    tap, tap_attn = taps.under(name), taps.under(f'{name}attn.')
+    x = tap('resid_pre', x)
+    q, k, v = block.attn.heads(read := tap('ln1.normalized', block.ln_1(x)), tap=tap_attn)
     if reads is not None:
         _, content, v = block.attn.heads(reads(read))
         width = v.size(-1)  # of the content part of a key
         k = torch.cat((content[..., :width], k[..., width:]), dim=-1)
-    z = attend(q, k, v).unflatten(-1, (q.size(1), -1)).transpose(1, 2)  # (B, n_head, T, head_dim)
-    if edit is not None:
-        z = edit(number, z)
-    attention_out = block.attn.c_proj(z.transpose(1, 2).flatten(2))
-    mlp_out = block.mlp_out(x + attention_out)
-    after = x + attention_out + mlp_out
-    return BlockRecord(number, x, q, k, v, z, attention_out, mlp_out, after)
+    made = BlockRecord(number, x, q, k, v, None, None, None, None)
+    if taps.ask_for(f'{name}attn.attn_scores', f'{name}attn.pattern'):
+        scores = tap_attn('attn_scores', made.scores())
+        z = tap_attn('pattern', scores.softmax(dim=-1)) @ v
+    else:
+        z = attend(q, k, v).unflatten(-1, (q.size(1), -1)).transpose(1, 2)
+    made.z = tap_attn('z', z)  # (B, n_head, T, head_dim)
+    made.attention_out = tap('attn_out', heads_sum(block.attn, made.z, taps, f'{name}attn.result'))
+    x = tap('resid_mid', x + made.attention_out)
+    made.mlp_out = tap('mlp_out', mlp_out(block, x, taps, name))
+    made.after = tap('resid_post', x + made.mlp_out)
+    return made
+
+
+def heads_sum(attn, z, taps, name):
+    """What the heads write together (B, T, n_embd). Where taps ask for name, what each of them
+    writes (B, n_head, T, n_embd) is made and tapped."""
+    if not taps.ask_for(name):
+        return attn.c_proj(z.transpose(1, 2).flatten(2))
+    total, bias = taps(name, z @ attn.head_weights()[-1]).sum(1), attn.c_proj.bias
+    return total if bias is None else total + bias
+
+
+def mlp_out(block, x, taps, name):
+    """What the MLP of the block writes (B, T, n_embd): zeros where there is none."""
+    if not block.mlp:
+        return torch.zeros_like(x)
+    read = taps(f'{name}ln2.normalized', block.ln_2(x))
+    if not taps.ask_for(f'{name}mlp.post'):
+        return block.mlp(read)
+    with tapped(block.mlp.c_proj, f'{name}mlp.post', taps, reads=True):
+        return block.mlp(read)
 
 
 def edit_head(layer, head, change):
-    """An edit for record: the output z (B, T, head_dim) of one head becomes change(z)."""
-    def edit(number, z):
-        if number == layer:
-            z = z.clone()
-            z[:, head] = change(z[:, head])
+    """Taps in which the output z (B, T, head_dim) of one head becomes change(z)."""
+    def edit(z):
+        z = z.clone()
+        z[:, head] = change(z[:, head])
         return z
-    return edit
+    return Taps({f'blocks.{layer}.attn.z': edit})
+
+
+def edit_z(model, edit):
+    """Taps in which the z (B, n_head, T, head_dim) of each layer becomes edit(layer, z)."""
+    return Taps({f'blocks.{layer}.attn.z': partial(edit, layer)
+                 for layer in range(model.config.n_layer)})
 
 
 def final_stream(records):

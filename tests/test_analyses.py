@@ -27,7 +27,7 @@ from analysis import (
     similarity,
 )
 from analysis.program import Subject
-from analysis.record import BlockRecord, final_stream, record, run_from
+from analysis.record import BlockRecord, edit_z, final_stream, record, run_from
 from data.induction.prepare import CHARACTERS, draw_sequences
 from model import GPT
 from model_k_ahead import GPT_KAhead
@@ -205,7 +205,7 @@ def test_patching_everything_restores_the_clean_difference(model_class):
     clean_z = [block.z for block in record(s.model, clean.idx)]
     with torch.no_grad():
         x = s.model.embed(corrupted.idx)
-    x = final_stream(run_from(s.model, x, 0, lambda layer, z: clean_z[layer]))
+    x = final_stream(run_from(s.model, x, 0, edit_z(s.model, lambda layer, z: clean_z[layer])))
     expected = final_stream(record(s.model, clean.idx))
     assert torch.allclose(ioi.logit_differences(s.model, x, clean),
                           ioi.logit_differences(s.model, expected, clean), atol=1e-4)
@@ -285,7 +285,7 @@ def test_ablation_is_the_loss_with_the_heads_weights_at_zero(model_class, data_d
                     z = z.clone()
                     z[:, head] = [b for b in record(model, idx[:, :-1])][layer].z[:, head].mean(0)
                 return z
-            rise, change = np.subtract(measure(model, at_mean), (loss, in_context))
+            rise, change = np.subtract(measure(model, edit_z(model, at_mean)), (loss, in_context))
             assert result.mean_loss[layer, head] == pytest.approx(rise, abs=1e-5)
             assert result.mean_in_context[layer, head] == pytest.approx(change, abs=1e-4)
 

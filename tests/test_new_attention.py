@@ -17,7 +17,7 @@ from models import Entry
 MODEL_MQA = '''
 import torch.nn as nn
 
-from model import GPT, attend, split_heads, weights_into_heads
+from model import GPT, as_is, attend, split_heads, weights_into_heads
 
 
 class MultiQueryAttention(nn.Module):
@@ -37,9 +37,10 @@ class MultiQueryAttention(nn.Module):
     def shared(self, k):
         return k.expand(-1, self.n_head, -1, -1)
 
-    def heads(self, x):
+    def heads(self, x, start=0, tap=as_is):
         k, v = self.key_and_value(x)
-        return split_heads(self.query(x), self.n_head), self.shared(k), self.shared(v)
+        q, k, v = tap('q', split_heads(self.query(x), self.n_head)), tap('k', k), tap('v', v)
+        return q, self.shared(k), self.shared(v)
 
     def forward(self, x, cache=None):
         q, (k, v), mask = split_heads(self.query(x), self.n_head), self.key_and_value(x), None

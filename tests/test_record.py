@@ -9,6 +9,7 @@ from conftest import ALL, CHARS
 from analysis.program import as_json, top_heads
 from analysis.record import (
     edit_head,
+    edit_z,
     final_stream,
     record,
     repeated_tokens,
@@ -74,6 +75,7 @@ def test_an_edit_is_a_change_of_the_weights(model_class):
     def edit(layer, z):
         return torch.cat([z[:, :1], 0 * z[:, 1:]], dim=1) if layer == 1 else z
     idx = tokens(model)
+    edit = edit_z(model, edit)
     x = final_stream(record(model, idx, edit))
     assert torch.allclose(x, final_stream(record(without, idx)), atol=1e-5)
     entering = list(record(model, idx))[1].before
