@@ -17,6 +17,7 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from configurator import UserError, check_least, configure
@@ -24,6 +25,7 @@ from configurator import UserError, check_least, configure
 import numpy as np
 import torch
 
+from analysis.notebook import Run, activation_shapes
 from models import describe
 from runtime.device import pick_float64_device
 from runtime.loading import Trained, load_model
@@ -54,9 +56,63 @@ class Subject(Trained):
     def __post_init__(self):
         self.label = self.label or '/'.join(Path(self.source).parts[-2:])
 
+    def __repr__(self):
+        return f'{self.source}: {describe(self.model)}'
+
     @property
     def device(self):
         return self.model.lm_head.weight.device
+
+    @cached_property
+    def activation_shapes(self):
+        """The shape of each activation for two tokens, by its name."""
+        return activation_shapes(self.model)
+
+    @property
+    def names(self):
+        """The names of all activations that a Run can read and edit."""
+        return list(self.activation_shapes)
+
+    def run(self, text, edit=None, reference=None, seed=1337):
+        """A Run (analysis/notebook.py) on a text, on several of as many tokens, or on ids (T,) or
+        (B, T).
+
+        edit says what becomes of activations: a dictionary of name -> a number, a tensor, 'zero',
+        'mean', 'resample', or a function that gets the activation and returns what comes in its
+        place. at(name, head, position) in place of a name edits a part. Means and resampled values
+        are those of reference, another text or Run, by default of this text without edits. Raises
+        UserError.
+        """
+        if reference is not None and not isinstance(reference, Run):
+            reference = self.run(reference)
+        return Run(self, self.read_text(text), edit, reference, seed)
+
+    def read_text(self, text):
+        """The ids (B, T) of a text, of several of as many tokens, or of ids. Raises UserError."""
+        if isinstance(text, str):
+            ids = [encode(self.tokenizer, 'text', text)]
+        elif len(text) and isinstance(text[0], str):
+            ids = [encode(self.tokenizer, 'text', one) for one in text]
+        else:
+            ids = torch.as_tensor(text, dtype=torch.long)
+            ids = ids.view(-1, ids.size(-1)).tolist() if ids.numel() else [[]]
+        lengths = sorted({len(row) for row in ids})
+        if len(lengths) > 1:
+            raise UserError(f'the texts have {lengths[0]} to {lengths[-1]} tokens: give texts of '
+                            'as many, or run them one by one')
+        self.check_fits('text', lengths[0])
+        idx = torch.tensor(ids, dtype=torch.long, device=self.device)
+        if idx.min() < 0 or idx.max() >= self.model.config.vocab_size:
+            raise UserError(f'text has the id {idx.max()}, and vocab_size='
+                            f'{self.model.config.vocab_size}: give ids of this model')
+        return idx
+
+    def check_fits(self, key, length):
+        """Raise a UserError unless length tokens, given for key, are a text for the model."""
+        block_size = self.model.config.block_size
+        if not 0 < length <= block_size:
+            raise UserError(f'{key} has {length} tokens, and 1 to block_size={block_size} fit: '
+                            f'give a {"shorter" if length else "longer"} one')
 
     def tokens(self, key, text):
         """The ids, a list, of the text that was given for key, as read_prompt takes it. Raises
@@ -95,13 +151,13 @@ def text_tokens(subject, text):
     return data.val, data.sequence
 
 
-def load_subject(source, device, key='model'):
-    """The Subject at source, whose weights are float32. key is the setting that names source.
+def load_subject(source, device, key='model', dtype='float32'):
+    """The Subject at source, whose weights are in dtype. key is the setting that names source.
     Raises UserError."""
     if not source:
         raise UserError(f'{key} is empty: give --{key}=CHECKPOINT, an out_dir, a Hugging Face '
                         'directory, or gpt2')
-    return Subject(**vars(load_model(source, device)))
+    return Subject(**vars(load_model(source, device, dtype=getattr(torch, dtype))))
 
 
 def read_command(config_class):

@@ -81,7 +81,9 @@ def tapped(module, name, taps, reads=False):
     if reads:
         hook = module.register_forward_pre_hook(lambda _, read: (taps(name, *read),))
     else:
-        hook = module.register_forward_hook(lambda _, read, value: taps(name, value))
+        # positions have no batch
+        hook = module.register_forward_hook(
+            lambda _, read, value: taps(name, value.view(-1, *value.shape[-2:])))
     try:
         yield
     finally:
@@ -92,7 +94,7 @@ def embed(model, idx, taps):
     """The residual stream before the first block. Its parts have names too."""
     parts = [(model.transformer.wte, 'embed')]
     if 'wpe' in model.transformer:
-        parts.append((model.transformer.wpe, 'pos_embed'))  # (T, n_embd): the same in each row
+        parts.append((model.transformer.wpe, 'pos_embed'))
     with ExitStack() as stack:
         for module, name in parts:
             if taps.ask_for(name):
