@@ -111,7 +111,7 @@ def split_heads(x, n_head):
 
 
 def rotate(x, start, base):
-    """Rotary positions (RoFormer, eq. 34) of x (B, H, T, width), first at start, a number or (B, 1).
+    """Rotary positions (RoFormer, eq. 34) of x (B, H, T, width), first at start, int or (B, 1).
     Numbers i and i + width / 2 are a pair, which turns by position / base^(2 i / width) radians."""
     position = start + torch.arange(x.size(2), device=x.device)  # (T,) or (B, T)
     dtype = torch.promote_types(x.dtype, torch.float32)

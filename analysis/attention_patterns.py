@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from analysis.induction_heads import Config as InductionConfig
 from analysis.induction_heads import copy_length, patterns_over_copies
 from analysis.plots import Panel, draw_panels, field_maps, token_labels
-from analysis.program import main, top_heads
+from analysis.program import main, read_heads, top_heads
 from analysis.record import record
 
 
@@ -84,25 +84,12 @@ def analyse(subject, config):
     return result
 
 
-def read_heads(text, n_layer, n_head):
-    """'5.1,6.9' -> [(5, 1), (6, 9)]. Raises UserError."""
-    pairs = []
-    for part in text.split(','):
-        layer, dot, head = part.strip().partition('.')
-        is_pair = dot and layer.isdecimal() and head.isdecimal()
-        if not (is_pair and int(layer) < n_layer and int(head) < n_head):
-            raise UserError(f'heads={text!r} must be heads as layer.head, from 0.0 to '
-                            f'{n_layer - 1}.{n_head - 1}, with commas between them')
-        pairs.append((int(layer), int(head)))
-    return pairs
-
-
 def over_prompt(subject, config, result):
     """The texts of the tokens of config.prompt, and the pattern (T, T) of each head that is to be
     drawn, by its name. Raises UserError."""
     c = subject.model.config
     if config.heads:
-        heads = read_heads(config.heads, c.n_layer, c.n_head)
+        heads = read_heads('heads', config.heads, c)
     else:
         heads = [top_heads(getattr(result, kind), 1)[0] for kind in KINDS]
     ids = subject.tokens('prompt', config.prompt)

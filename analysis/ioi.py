@@ -29,6 +29,7 @@ from configurator import UserError, run
 import numpy as np
 import torch
 
+from analysis.attribution import attribute
 from analysis.plots import Panel, draw_panels, field_maps, symmetric
 from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import edit_head, final_stream, record, run_from
@@ -180,33 +181,6 @@ def logit_differences(model, x, prompts):
 
 
 @torch.no_grad()
-def attribute(model, prompts):
-    """The parts of each head (n_layer, n_head, B), of each MLP (n_layer, B) and of the rest (B,)
-    in the logit difference, and the logit difference itself (B,)."""
-    blocks, ln_f = model.transformer.h, model.transformer.ln_f
-    by_head, by_mlp = [], []
-    for block in record(model, prompts.idx):
-        attn = blocks[block.layer].attn
-        W_O = attn.head_weights()[-1]  # (n_head, head_dim, n_embd)
-        z = at_end(block.z.transpose(1, 2), prompts)  # (B, n_head, head_dim)
-        by_head.append(torch.einsum('bhd,hdn->hbn', z.double(), W_O.double()))
-        by_mlp.append(at_end(block.mlp_out, prompts).double())
-        if block.layer == 0:
-            rest = at_end(block.before, prompts).double()
-        if attn.c_proj.bias is not None:
-            rest = rest + attn.c_proj.bias.double()
-    x = at_end(block.after, prompts).double()
-    std = (x.var(-1, correction=0) + 1e-5).sqrt()  # (B,)
-    direction = towards_io(model, prompts).double()
-    reads = direction * ln_f.weight.double()
-    reads = (reads - reads.mean(-1, keepdim=True)) / std[:, None]  # the norm subtracts the mean
-    bias = 0.0 if ln_f.bias is None else (direction * ln_f.bias.double()).sum(-1)
-    heads = torch.stack([(part * reads).sum(-1) for part in by_head])
-    mlps = torch.stack([(part * reads).sum(-1) for part in by_mlp])
-    return heads, mlps, (rest * reads).sum(-1) + bias, (x * reads).sum(-1) + bias
-
-
-@torch.no_grad()
 def patch(model, clean, corrupted):
     """Logit differences (n_layer, n_head, role, B) of the corrupted prompts with the output of one
     head, at the positions of one role, as it is in the clean prompts. Then the logit differences
@@ -234,8 +208,8 @@ def patch(model, clean, corrupted):
 
 def analyse(subject, config):
     clean, corrupted = make_prompts(subject, config.prompts, config.seed)
-    heads, mlps, rest, differences = attribute(subject.model, clean)
-    restored = np.full((*heads.shape[:2], len(ROLES)), np.nan)
+    parts = attribute(subject.model, clean.idx, clean.end, towards_io(subject.model, clean))
+    restored = np.full((*parts.heads.shape[:2], len(ROLES)), np.nan)
     before = after = np.nan
     if config.patch_prompts:
         count = config.patch_prompts
@@ -244,9 +218,11 @@ def analyse(subject, config):
         if abs(before - after) >= LEAST_GAP:
             restored = (patched.mean(-1).double().numpy() - after) / (before - after)
     return IOI(
-        logit_difference=differences.mean().item(), spread=differences.std().item(),
-        share=(differences > 0).double().mean().item(), attribution=heads.mean(-1).cpu().numpy(),
-        mlp_attribution=mlps.mean(-1).cpu().numpy(), rest=rest.mean().item(), corrupted=after,
+        logit_difference=parts.total.mean().item(), spread=parts.total.std().item(),
+        share=(parts.total > 0).double().mean().item(),
+        attribution=parts.heads.mean(-1).cpu().numpy(),
+        mlp_attribution=parts.mlps.mean(-1).cpu().numpy(),
+        rest=(parts.embedding + parts.positions + parts.biases).mean().item(), corrupted=after,
         clean=before, restored=restored, roles=ROLES, top=config.top)
 
 

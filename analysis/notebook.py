@@ -6,7 +6,7 @@ and ask what follows.
     m = load('out_shakespeare_quick/ckpt_mla.pt')
     run = m.run('To be, or not to be')
     run['blocks.1.attn.pattern'], run['blocks.1.attn.latent'], run.logits, run.loss
-    m.run('To be, or not to be', edit={'blocks.0.mlp_out': 0, at('blocks.2.attn.z', head=1): 'mean'})
+    m.run('To be', edit={'blocks.0.mlp_out': 0, at('blocks.2.attn.z', head=1): 'mean'})
 
 docs/notebook.md has a table of the names. They are those of TransformerLens without its hook_, and
 names with it are understood too.
@@ -212,6 +212,10 @@ class Run:
     def labels(self, sequence=0):
         """The texts of the tokens of a sequence with their white space visible."""
         return token_labels(self.subject.tokenizer, self.idx[sequence].tolist())
+
+    def label(self, token):
+        """The text of a token id with its white space visible."""
+        return token_labels(self.subject.tokenizer, [token])[0]
 
     def __getitem__(self, name):
         """The activation of a name, or a dictionary for one with * such as

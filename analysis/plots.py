@@ -60,10 +60,8 @@ def write_numbers(ax, image, values, largest):
     for (i, j), value in np.ndenumerate(values):
         if not np.isfinite(value):
             continue
-        red, green, blue, _ = image.cmap(image.norm(value))
-        is_dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
         ax.text(j, i, f'{value:.{digits}f}', ha='center', va='center', fontsize=7,
-                color='white' if is_dark else 'black')
+                color='white' if is_dark(image, value) else 'black')
 
 
 def draw_panels(title, panels):
@@ -95,6 +93,27 @@ def draw_panel(box, panel):
             name_cells(ax, *panel.names[name])
         ax.set_title(f'{panel.title}\n{name}' if len(panel.maps) > 1 else panel.title, fontsize=9)
     box.colorbar(image, ax=list(axes), label=panel.unit, pad=0.01)
+
+
+def draw_tokens_grid(ax, values, texts, rows, columns, colors='viridis', low=0.0, high=1.0):
+    """Draw values (rows, columns) with a token's text in each cell. rows and columns are their
+    names. nan is left grey."""
+    image = ax.imshow(values, vmin=low, vmax=high, cmap=colors, aspect='auto',
+                      interpolation='nearest')
+    ax.set_facecolor('#dddddd')
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.set_xticks(range(len(columns)), columns, fontsize=8, parse_math=False)
+    ax.tick_params(length=0)
+    for (i, j), value in np.ndenumerate(values):
+        ax.text(j, i, texts[i][j][:7], ha='center', va='center', fontsize=7, parse_math=False,
+                color='white' if is_dark(image, value) else 'black')
+    return image
+
+
+def is_dark(image, value):
+    """Whether white text can be read on the colour that an image gives a value."""
+    red, green, blue, alpha = image.cmap(image.norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
+    return 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
 
 
 def symmetric(maps, at_least=1e-12):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from analysis.notebook import Run, activation_shapes
-from models import describe
+from models import describe, label_of
 from runtime.device import pick_float64_device
 from runtime.loading import Trained, load_model
 from sample import encode, read_prompt
@@ -107,6 +107,26 @@ class Subject(Trained):
                             f'{self.model.config.vocab_size}: give ids of this model')
         return idx
 
+    def prompt(self, text, key='prompt', most=48):
+        """The ids, a list, of the text that was given for key, by default of how the val split of
+        the model's data begins: most tokens of it, and no more than fit. Raises UserError."""
+        if text:
+            ids = self.tokens(key, text)
+            self.check_fits(key, len(ids))
+            return ids
+        if not self.dataset:
+            raise UserError(f'{key} is empty, and {self.source} names no data to take one from: '
+                            f'give --{key}=TEXT')
+        return self.open_data(key=key).val[:min(most, self.model.config.block_size)].tolist()
+
+    def one_token(self, key, text):
+        """The id of the token that the text given for key is. Raises UserError."""
+        ids = encode(self.tokenizer, key, text)
+        if len(ids) != 1:
+            raise UserError(f'{key}={text!r} is {len(ids)} tokens: give a text that is a single '
+                            "one, such as ' Mary' with the space before it")
+        return ids[0]
+
     def check_fits(self, key, length):
         """Raise a UserError unless length tokens, given for key, are a text for the model."""
         block_size = self.model.config.block_size
@@ -158,6 +178,23 @@ def load_subject(source, device, key='model', dtype='float32'):
         raise UserError(f'{key} is empty: give --{key}=CHECKPOINT, an out_dir, a Hugging Face '
                         'directory, or gpt2')
     return Subject(**vars(load_model(source, device, dtype=getattr(torch, dtype))))
+
+
+def same_tokens(name, subject, other):
+    """Raise a UserError unless two Subjects read the same tokens, which the analysis name needs."""
+    are_known = subject.tokenizer.knows_text or subject.dataset == other.dataset
+    if subject.tokenizer != other.tokenizer or not are_known:
+        raise UserError(f'{name} needs two models that read the same tokens, and '
+                        f'{subject.source} and {other.source} do not: give two that were trained '
+                        'on the same data')
+
+
+def name_pair(*pair):
+    """Label two Subjects by their kinds, MHA and MLA, or where these are the same by their
+    sources too."""
+    names = [label_of(subject.model.model_type, subject.model.config) for subject in pair]
+    for name, subject in zip(names, pair):
+        subject.label = f'{name}, {subject.source}' if len({*names}) < len(names) else name
 
 
 def read_command(config_class):
@@ -241,3 +278,16 @@ def top_heads(scores, count=None, threshold=None):
     order = np.argsort(-scores, axis=None, kind='stable')[:count]
     pairs = [tuple(map(int, np.unravel_index(place, scores.shape))) for place in order]
     return [pair for pair in pairs if threshold is None or scores[pair] > threshold]
+
+
+def read_heads(key, text, c):
+    """'5.1,6.9', given for key, -> [(5, 1), (6, 9)]. c is the model's config. Raises UserError."""
+    pairs = []
+    for part in text.split(','):
+        layer, dot, head = part.strip().partition('.')
+        is_pair = dot and layer.isdecimal() and head.isdecimal()
+        if not (is_pair and int(layer) < c.n_layer and int(head) < c.n_head):
+            raise UserError(f'{key}={text!r} must be heads as layer.head, from 0.0 to '
+                            f'{c.n_layer - 1}.{c.n_head - 1}, with commas between them')
+        pairs.append((int(layer), int(head)))
+    return pairs

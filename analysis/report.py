@@ -20,7 +20,7 @@ from urllib.parse import quote
 from configurator import UserError, run
 
 from analysis import program
-from models import describe, label_of
+from models import describe
 from runtime.loading import find_checkpoint, is_hugging_face
 from runtime.progress import progress_bar
 
@@ -159,14 +159,11 @@ def load_pair():
     if same_model(config.model, config.other):
         raise UserError(f'other={config.other!r} is the same as model={config.model!r}: give '
                         'another')
-    names = [label_of(subject.model.model_type, subject.model.config) for subject in pair]
-    if names[0] == names[1]:
-        names = [f'{name}, {subject.source}' for name, subject in zip(names, pair)]
-    for name, subject in zip(names, pair):
-        subject.label = name
+    program.name_pair(*pair)
+    for subject in pair:
         if config.text:  # report a mistake in it before the work, not after
             program.text_tokens(subject, config.text)
-    return config, dict(zip(names, pair))
+    return config, {subject.label: subject for subject in pair}
 
 
 def main():

@@ -28,7 +28,7 @@ from scipy.optimize import linear_sum_assignment
 
 from analysis.circuits import centred, head_names, r_factor
 from analysis.plots import Panel, draw_panels
-from analysis.program import AnalysisConfig, load_subject, main
+from analysis.program import AnalysisConfig, load_subject, main, same_tokens
 from analysis.record import record
 from runtime.progress import progress_bar
 
@@ -94,11 +94,7 @@ def activations(model, windows):
 
 def read_windows(subject, other, config):
     """Windows of the text, tensors (B, T), that both models read. Raises UserError."""
-    are_known = subject.tokenizer.knows_text or subject.dataset == other.dataset
-    if subject.tokenizer != other.tokenizer or not are_known:
-        raise UserError(f'similarity needs two models that read the same tokens, and '
-                        f'{subject.source} and {other.source} do not: give two that were trained '
-                        'on the same data')
+    same_tokens('similarity', subject, other)
     one, two = subject.model.config, other.model.config
     T = min(one.block_size, two.block_size, config.max_tokens)
     windows = [idx[:, :-1] for idx in subject.windows(config.text, config.max_tokens, T)]

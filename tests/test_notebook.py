@@ -73,7 +73,8 @@ def by_hand(s, layer):
             found |= {'attn.q': [hook(attn.query, scale)], 'attn.k': [hook(attn.key, scale)]}
     else:
         first, last = c.n_embd, c.n_embd + attn.n_kv_head * c.head_dim
-        for name, part in (('q', slice(first)), ('k', slice(first, last)), ('v', slice(last, None))):
+        parts = {'q': slice(first), 'k': slice(first, last), 'v': slice(last, None)}
+        for name, part in parts.items():
             def change(y, part=part):
                 y = y.clone()
                 y[..., part] = scale(y[..., part])
@@ -179,6 +180,7 @@ def test_turned_queries_and_keys_are_what_rotation_returns(name, monkeypatch):
         theirs = seen[2 * layer:2 * layer + 2]
         for one, other in zip(mine, theirs):
             assert torch.allclose(one, other, atol=1e-10)
+
     def turned(x, start, base):
         return scale(rotate(x, start, base))
     for file in (model_file, model_mla):
