@@ -1,10 +1,14 @@
 """
-When a circuit forms: scores of every checkpoint that a run has kept.
+When something forms: any score of the analyses, over the checkpoints that a run has kept.
 
     python train.py config/train_induction.py                 keeps each evaluation's checkpoint
     python -m analysis.development out_induction/ckpt.pt
+    python -m analysis.development out/ckpt.pt --scores=induction_heads.scores,copying.top5.mean
 
-It needs a run with --keep_checkpoints, whose models have two layers or more, and no text.
+It needs a run with --keep_checkpoints, or a list of checkpoints. A score is ANALYSIS.FIELD, a field
+of the numbers that an analysis saves. Of a field of many numbers it is the largest, or with .mean
+their mean, or with .1.3 that of layer 1, head 3. Analyses run with their default settings. Without
+a list of scores there are nine, for which a model has two layers or more:
 
     copy accuracy       how often the next token is right in a stretch that comes twice
     induction           the most attention of a head to its best shift (induction_heads.py)
@@ -22,6 +26,7 @@ It needs a run with --keep_checkpoints, whose models have two layers or more, an
 
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from configurator import UserError, run
@@ -30,12 +35,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from analysis import NAMES
 from analysis.circuits import folded_heads, joint_reading_space
 from analysis.composition import chance, compositions, layers
 from analysis.induction_circuit import attention_back, copy_accuracy
 from analysis.induction_heads import copies_with_lags, shift_scores
 from analysis.latent_directions import users
-from analysis.program import AnalysisConfig, load_subject, main
+from analysis.program import AnalysisConfig, load_subject, main, settings
 from analysis.spectrum import effective_rank, of_weights
 from runtime.checkpoint import read_checkpoint, run_checkpoints
 from runtime.progress import progress_bar
@@ -45,10 +51,18 @@ SCORES = {'accuracy': 'copy accuracy', 'induction': 'induction', 'classical': 'c
           'rank': 'effective rank', 'outliers': 'outliers', 'keys': 'used by keys',
           'values': 'used by values'}
 
+# the analyses of one model
+ALONE = [name for name in NAMES if name not in ('development', 'similarity', 'report')]
+
 
 @dataclass
 class Config(AnalysisConfig):
-    sequences: int = 64  # random sequences
+    scores: str = ''  # such as induction_heads.scores,ablation.mean_loss.0.3; '': the nine
+    checkpoints: str = ''  # paths with commas between them; '': those that the run of the model
+        # has kept
+    text: str = ''  # for the analyses that read one: FILE:book.txt or a dataset; '': the val split
+    prompt: str = ''  # for those that read one; '': how the val split begins
+    sequences: int = 64  # random sequences of the nine
     least = dict(sequences=1)
 
 
@@ -56,23 +70,74 @@ class Config(AnalysisConfig):
 class Development:
     iters: list  # of the checkpoints, in order
     losses: list  # the val loss of each in nats; None where the checkpoint does not say
-    scores: dict  # of SCORES, each (checkpoints,)
+    scores: dict  # by name, each (checkpoints,)
 
 
-def kept_checkpoints(subject):
-    """[(iteration, path)] of the checkpoints that a subject's run has kept, in order, and the val
-    loss in nats by iteration. Raises UserError where there is one alone."""
+def kept_checkpoints(subject, config):
+    """[(iteration, path)] of the checkpoints that a subject's run has kept or that config lists, in
+    order, and the val loss in nats by iteration. Raises UserError where there is one alone."""
     folder, found, losses = Path(subject.source), {}, {}
-    for path in run_checkpoints(folder if folder.is_dir() else folder.parent,
-                                subject.model.model_type):
+    paths = [Path(part.strip()) for part in config.checkpoints.split(',') if part.strip()] or (
+        run_checkpoints(folder if folder.is_dir() else folder.parent, subject.model.model_type))
+    for path in paths:
         checkpoint = read_checkpoint(path, mmap=True)
-        found[checkpoint.get('iter_num', 0)] = path
+        n = checkpoint.get('iter_num', 0)
+        if config.checkpoints and n in found:
+            raise UserError(f'checkpoints has two of iteration {n:,}, {found[n]} and {path}: give '
+                            'those of one run')
+        found[n] = path
         rows = map(json.loads, checkpoint.get('metrics', '').splitlines())
         losses |= {row['iter']: row['val_loss'] for row in rows if 'val_loss' in row}
     if len(found) < 2:
         raise UserError(f'model={subject.source} has one checkpoint, which shows no development: '
-                        'train with --keep_checkpoints=100')
+                        'train with --keep_checkpoints=100, or list some with --checkpoints=')
     return sorted(found.items()), losses
+
+
+def read_scores(text):
+    """The scores that a text names: (name, module of the analysis, its fields, how). Raises
+    UserError."""
+    found = []
+    for name in filter(None, map(str.strip, text.split(','))):
+        analysis, *fields = name.split('.')
+        if analysis not in ALONE or not fields:
+            raise UserError(f'scores={name!r} must be ANALYSIS.FIELD, such as '
+                            'induction_heads.scores, of one of ' + ', '.join(ALONE))
+        found.append((name, analysis, fields))
+    return found
+
+
+def pick(name, value, fields):
+    """The number that fields lead to in a result: names of fields, then numbers of places, or mean.
+    Raises UserError."""
+    while fields and not isinstance(value, (np.ndarray, list, float, int)):
+        there = value if isinstance(value, dict) else vars(value)
+        if fields[0] not in there:
+            raise UserError(f'scores={name!r} is not there: {fields[0]!r} is none of '
+                            + ', '.join(map(str, there)))
+        value, fields = there[fields[0]], fields[1:]
+    try:
+        values = np.asarray(value, dtype=float)
+        places = [int(field) for field in fields if field != 'mean']
+        values = values[tuple(places)]
+    except (ValueError, TypeError, IndexError):
+        raise UserError(f'scores={name!r} leads to no number: end it with a field of numbers, '
+                        'then .mean, or the places of one of them') from None
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return np.nan
+    return float(values.mean() if 'mean' in fields else values.max())
+
+
+def chosen_scores(subject, config, asked):
+    """The scores of one model that read_scores has found, a dictionary. Each analysis runs once."""
+    results, found = {}, {}
+    for name, analysis, fields in asked:
+        module = import_module(f'analysis.{analysis}')
+        if analysis not in results:
+            results[analysis] = module.analyse(subject, settings(module, config, subject.source))
+        found[name] = pick(name, results[analysis], fields)
+    return found
 
 
 @torch.no_grad()
@@ -100,15 +165,18 @@ def scores_of(subject, config):
 
 
 def analyse(subject, config):
-    if subject.model.config.n_layer < 2 or subject.model.config.block_size < 4:
-        raise UserError(f'development needs two layers and a context of 4 tokens, and '
-                        f'{subject.source} has n_layer={subject.model.config.n_layer} and '
-                        f'block_size={subject.model.config.block_size}: take another model')
-    checkpoints, losses = kept_checkpoints(subject)
-    rows = [scores_of(load_subject(path, subject.device), config)
-            for _, path in progress_bar(checkpoints, 'checkpoints')]
+    c, asked = subject.model.config, read_scores(config.scores)
+    if not asked and (c.n_layer < 2 or c.block_size < 4):
+        raise UserError(f'the nine scores need two layers and a context of 4 tokens, and '
+                        f'{subject.source} has n_layer={c.n_layer} and block_size={c.block_size}: '
+                        'take another model, or give others with --scores=')
+    checkpoints, losses = kept_checkpoints(subject, config)
+    rows = []
+    for _, path in progress_bar(checkpoints, 'checkpoints'):
+        one = load_subject(path, subject.device)
+        rows.append(chosen_scores(one, config, asked) if asked else scores_of(one, config))
     return Development([n for n, _ in checkpoints], [losses.get(n) for n, _ in checkpoints],
-                       {key: np.array([row[key] for row in rows]) for key in SCORES})
+                       {key: np.array([row[key] for row in rows]) for key in rows[0]})
 
 
 def first_above(iters, values, level):
@@ -116,36 +184,55 @@ def first_above(iters, values, level):
     return next((n for n, value in zip(iters, values) if value >= level), None)
 
 
+def half_way(iters, values):
+    """The first of iters at which values are half of the way from the first one to the highest;
+    None where they never rise or are unknown."""
+    values = np.asarray(values, dtype=float)
+    if not np.isfinite(values).all() or values.max() <= values[0]:
+        return None
+    return first_above(iters, values, (values[0] + values.max()) / 2)
+
+
 def table(result):
-    lines = [f'{"":<16}{"first":>9}{"last":>9}{"highest":>9}']
-    for key, name in SCORES.items():
-        values = result.scores[key]
-        lines.append(f'{name:<16}{values[0]:>9.3f}{values[-1]:>9.3f}{values.max():>9.3f}')
-    at = {level: first_above(result.iters, result.scores['induction'], level)
-          for level in (0.4, 0.8)}
-    for level, n in at.items():
+    width = max(16, *(len(SCORES.get(key, key)) + 2 for key in result.scores))
+    lines = [f'{"":<{width}}{"first":>9}{"last":>9}{"highest":>9}{"half way at":>15}']
+    for key, values in result.scores.items():
+        n = half_way(result.iters, values)
+        when = '-' if n is None else f'{n:,}'
+        lines.append(f'{SCORES.get(key, key):<{width}}{values[0]:>9.3f}{values[-1]:>9.3f}'
+                     f'{values.max():>9.3f}{when:>15}')
+    for level in (0.4, 0.8) if 'induction' in result.scores else ():
+        n = first_above(result.iters, result.scores['induction'], level)
         when = f'iteration {n:,}' if n is not None else f'not by iteration {result.iters[-1]:,}'
         lines.append(f'induction above {level}: {when}')
     return '\n'.join(lines)
 
 
 def plot(results):
-    figure = Figure(figsize=(14, 6), layout='constrained')
-    figure.suptitle('When the circuit forms')
-    axes = figure.subplots(2, 5, sharex=True).ravel()
+    keys = list(dict.fromkeys(key for result in results.values() for key in result.scores))
+    columns = min(5, len(keys) + 1)
+    rows = -(-(len(keys) + 1) // columns)
+    figure = Figure(figsize=(max(7, 2.9 * columns), 0.6 + 2.6 * rows), layout='constrained')
+    figure.suptitle('When it forms: scores of the checkpoints of a run. Dotted: half way from the '
+                    'first to the highest')
+    axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
     for number, (name, result) in enumerate(results.items()):
         axes[0].plot(result.iters, [np.nan if x is None else x for x in result.losses],
                      label=name, color=f'C{number}')
-        for ax, (key, title) in zip(axes[1:], SCORES.items()):
-            ax.plot(result.iters, result.scores[key], color=f'C{number}')
-            ax.set_title(title, fontsize=10)
-            if key != 'outliers':
+        for ax, key in zip(axes[1:], keys):
+            ax.plot(result.iters, result.scores[key], color=f'C{number}', marker='.', markersize=3)
+            if (n := half_way(result.iters, result.scores[key])) is not None:
+                ax.axvline(n, color=f'C{number}', linewidth=0.8, linestyle=':')
+            ax.set_title(SCORES.get(key, key), fontsize=10)
+            if key in SCORES and key != 'outliers':
                 ax.set_ylim(-0.02, 1.02)
     axes[0].set_title('val loss, nats', fontsize=10)
     axes[0].legend(fontsize=8)
-    for ax in axes:
+    for ax in axes[:len(keys) + 1]:
         ax.grid(alpha=0.3)
-    for ax in axes[5:]:
+    for ax in axes[len(keys) + 1:]:
+        ax.axis('off')
+    for ax in axes[-columns:]:
         ax.set_xlabel('iteration')
     return figure
 

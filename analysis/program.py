@@ -207,6 +207,15 @@ def read_command(config_class):
     return config, load_subject(config.model, pick_float64_device(config.device))
 
 
+def settings(module, config, source):
+    """The Config of one analysis of several, about the model at source. What the settings config
+    of all have no key for is at its default."""
+    known = {f.name for f in dataclasses.fields(module.Config)}
+    shared = [key for key in ('out_dir', 'seed', 'device', 'text', 'other', 'prompt')
+              if key in known and hasattr(config, key)]
+    return module.Config(model=source, **{key: getattr(config, key) for key in shared})
+
+
 def main(name, Config, analyse, table, plot, plot_prompt=None):
     """The program of one analysis. plot_prompt(label, result), if given, may return a second
     Figure."""

@@ -12,7 +12,7 @@ import base64
 import html
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import quote
@@ -82,13 +82,6 @@ class Config(program.AnalysisConfig):
         # that each checkpoint names
 
 
-def settings(module, config, source):
-    """The Config of one part of the report. What the report has no key for is at its default."""
-    known = {f.name for f in fields(module.Config)}
-    shared = [key for key in ('out_dir', 'seed', 'device', 'text', 'other') if key in known]
-    return module.Config(model=source, **{key: getattr(config, key) for key in shared})
-
-
 def run_part(name, subjects, config):
     """The module of one analysis, its results by the names of the models, and a line for each
     model that it could not serve."""
@@ -99,7 +92,7 @@ def run_part(name, subjects, config):
         jobs = {label: (module.analyse, subject) for label, subject in subjects.items()}
     for label, (analyse, *models) in jobs.items():
         try:
-            results[label] = analyse(*models, settings(module, config, models[0].source))
+            results[label] = analyse(*models, program.settings(module, config, models[0].source))
         except UserError as e:
             left_out.append(f'{label}: {e}')
     return module, results, left_out
@@ -177,7 +170,7 @@ def main():
         module, results, left_out = run_part(name, subjects, config)
         if results:
             figures = {name: module.plot(results)}
-            used = settings(module, config, config.model)
+            used = program.settings(module, config, config.model)
             program.save(name, {'models': sources, **results}, figures, used, out_dir)
         for line in left_out:
             print(f'{name}: left out for {line}')

@@ -1,6 +1,7 @@
 """What is measured by running a model: induction, patterns, IOI, ablation, similarity."""
 
 import copy
+from contextlib import contextmanager
 
 from configurator import UserError
 
@@ -26,8 +27,9 @@ from analysis import (
     ioi,
     similarity,
 )
-from analysis.program import Subject
-from analysis.record import BlockRecord, edit_z, final_stream, record, run_from
+from analysis.attribution import attribute
+from analysis.program import Subject, read_heads
+from analysis.record import BlockRecord, Taps, edit_z, final_stream, record, run_from
 from data.induction.prepare import CHARACTERS, draw_sequences
 from model import GPT
 from model_k_ahead import GPT_KAhead
@@ -91,10 +93,10 @@ def test_two_copies_that_do_not_fit_are_shortened_and_too_short_a_context_is_an_
 
 
 def test_names_of_heads():
-    assert attention_patterns.read_heads('0.1, 1.0', 2, 2) == [(0, 1), (1, 0)]
+    assert read_heads('heads', '0.1, 1.0', tiny_model(GPT).config) == [(0, 1), (1, 0)]
     for wrong in ('2.0', '0.2', '1', 'x.y', '', '-1.0', '²2.0'):
         with pytest.raises(UserError, match='heads='):
-            attention_patterns.read_heads(wrong, 2, 2)
+            read_heads('heads', wrong, tiny_model(GPT).config)
 
 
 def test_patterns_are_computed_in_chunks(monkeypatch):
@@ -163,13 +165,14 @@ def test_all_names_are_single_tokens():
 def test_direct_logit_attribution_adds_up_to_the_logit_difference(model_class):
     s = gpt2_like(model_class)
     prompts, _ = ioi.make_prompts(s, 6, seed=1)
-    heads, mlps, rest, differences = ioi.attribute(s.model, prompts)
-    assert heads.shape == (2, 2, 6)
-    assert torch.allclose(heads.sum((0, 1)) + mlps.sum(0) + rest, differences, atol=1e-4)
+    parts = attribute(s.model, prompts.idx, prompts.end, ioi.towards_io(s.model, prompts))
+    assert parts.heads.shape == (2, 2, 6)
+    rest = parts.embedding + parts.positions + parts.biases
+    assert torch.allclose(parts.heads.sum((0, 1)) + parts.mlps.sum(0) + rest, parts.total)
     for i in range(6):
         logits = s.model.next_logits(prompts.idx[i:i + 1, :prompts.end[i] + 1])[0]
         expected = (logits[prompts.io[i]] - logits[prompts.s[i]]).item()
-        assert differences[i].item() == pytest.approx(expected, abs=1e-4)
+        assert parts.total[i].item() == pytest.approx(expected, abs=1e-4)
     result = ioi.analyse(s, ioi.Config(prompts=6, patch_prompts=0))
     total = result.attribution.sum() + result.mlp_attribution.sum() + result.rest
     assert total == pytest.approx(result.logit_difference)
@@ -182,7 +185,8 @@ def test_attribution_of_a_head_is_what_is_missing_without_it_on_the_direct_path(
     s = gpt2_like()
     s.model.transformer.h[1].mlp.c_proj.weight.data.zero_()
     prompts, _ = ioi.make_prompts(s, 4, seed=1)
-    heads, *_ = ioi.attribute(s.model, prompts)
+    direction = ioi.towards_io(s.model, prompts)
+    heads = attribute(s.model, prompts.idx, prompts.end, direction).heads
     with torch.no_grad():
         *_, block = record(s.model, prompts.idx)
         W_O = s.model.transformer.h[1].attn.head_weights()[-1]
@@ -288,6 +292,87 @@ def test_ablation_is_the_loss_with_the_heads_weights_at_zero(model_class, data_d
             rise, change = np.subtract(measure(model, edit_z(model, at_mean)), (loss, in_context))
             assert result.mean_loss[layer, head] == pytest.approx(rise, abs=1e-5)
             assert result.mean_in_context[layer, head] == pytest.approx(change, abs=1e-4)
+
+            def resampled(number, z):
+                if number == layer:
+                    z = z.clone()
+                    z[:, head] = list(record(model, idx.roll(-1, 0)[:, :-1]))[layer].z[:, head]
+                return z
+            rise, _ = np.subtract(measure(model, edit_z(model, resampled)), (loss, in_context))
+            assert result.resample_loss[layer, head] == pytest.approx(rise, abs=1e-5)
+
+
+@contextmanager
+def writes(modules, value_of):
+    """Modules return value_of(number, value) in the place of value."""
+    handles = [module.register_forward_hook(lambda _, x, y, i=i: value_of(i, y))
+               for i, module in enumerate(modules)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@BOTH
+def test_ablation_of_mlps_and_layers_is_what_hooks_do(model_class, data_dir):
+    model = random_model(model_class)
+    s = text_subject(model, data_dir)
+    result = ablation.analyse(s, ablation.Config(max_tokens=160))
+    idx = torch.cat(s.windows('', 160, 16))
+
+    def loss():
+        with torch.no_grad():
+            logits = model.unembed(model.last_stream(idx[:, :-1]))
+        return F.cross_entropy(logits.transpose(1, 2), idx[:, 1:]).item()
+    whole = loss()
+    for layer, block in enumerate(model.transformer.h):
+        for column, modules in ((2, [block.mlp]), (3, [block.attn, block.mlp])):
+            seen = {}
+            with writes(modules, lambda i, y: seen.setdefault(i, y)):
+                loss()
+            changes = {'zero': lambda i, y: 0 * y,
+                       'mean': lambda i, y: seen[i].mean(0).expand_as(y),
+                       'resample': lambda i, y: seen[i].roll(-1, 0)}
+            for method, change in changes.items():
+                with writes(modules, change):
+                    rise = loss() - whole
+                got = getattr(result, f'{method}_loss')[layer, column]
+                assert got == pytest.approx(rise, abs=1e-5), (layer, column, method)
+    assert f'layer {np.nanargmax(result.mean_loss[:, 3])}' in ablation.table(result)
+
+
+def test_a_screening_measures_the_heads_that_matter(data_dir, monkeypatch):
+    model = random_model(GPT, n_layer=3)
+    s = text_subject(model, data_dir)
+    everything = ablation.analyse(s, ablation.Config(max_tokens=160))
+    assert everything.screened is None and np.isfinite(everything.mean_loss).all()
+    monkeypatch.setattr(ablation, 'MOST_PARTS', 4)
+    one = ablation.analyse(s, ablation.Config(max_tokens=160, screen=32, top=2))
+    idx = torch.cat(s.windows('', 160, 16))[:3]  # two windows, and one to resample from
+    assert np.isfinite(one.mean_loss[:, :2]).sum() == 2
+    chosen = np.isfinite(one.mean_loss[:, :2])
+    assert one.mean_loss[:, :2][chosen] == pytest.approx(everything.mean_loss[:, :2][chosen])
+    assert abs(one.screened[:, :2][chosen]).min() >= abs(one.screened[:, :2][~chosen]).max()
+    means = ablation.mean_written(model, [idx[:, :-1] for idx in s.windows('', 160, 16)])
+
+    def loss(taps=None):
+        logits = model.unembed(final_stream(record(model, idx[:2, :-1], taps)))
+        return F.cross_entropy(logits.transpose(1, 2), idx[:2, 1:]).item()
+    with torch.no_grad():
+        for layer in range(3):
+            taps = Taps({f'blocks.{layer}.mlp_out': lambda y: means[layer]['mlp_out'].expand_as(y)})
+            assert one.mean_loss[layer, 2] == pytest.approx(loss(taps) - loss(), abs=1e-5)
+            assert one.mean_loss[layer, 2] == one.screened[layer, 2]
+    assert 'screened on 32 tokens' in ablation.table(one)
+    ablation.plot({'one': one})
+    full = ablation.analyse(s, ablation.Config(max_tokens=160, screen=0))
+    assert full.screened is None and np.isfinite(full.mean_loss).all()
+
+
+def test_one_window_has_nothing_to_resample_from(data_dir):
+    s = text_subject(random_model(GPT), data_dir)
+    result = ablation.analyse(s, ablation.Config(max_tokens=16))
+    assert result.n_windows == 1 and np.isnan(result.resample_loss).all()
+    assert 'resampling is unknown' in ablation.table(result)
 
 
 def test_a_head_that_writes_a_constant_matters_only_when_it_is_put_to_zero(data_dir):

@@ -30,7 +30,9 @@ from runtime.tokenizer import make_tokenizer
 # latent_surgery and development want models that have learned to copy: test_circuits_that_copy.py
 SINGLE = [name for name in NAMES if name not in ('report', 'similarity', 'latent_surgery',
                                                  'development')]
-TEXT = ('ablation', 'induction_in_text', 'similarity', 'spectrum')
+TEXT = ('ablation', 'induction_in_text', 'similarity', 'spectrum', 'token_loss')
+PROMPTS = {'logit_lens': {'prompt': 'Mary and John'}, 'attribution': {'prompt': 'Mary and John'},
+           'patching': {'clean': 'Mary and John', 'corrupted': 'John and John'}}
 
 
 @pytest.fixture
@@ -62,6 +64,7 @@ def test_the_trunk_of_a_k_ahead_model_gives_the_numbers_of_the_ordinary_model(na
     module = importlib.import_module(f'analysis.{name}')
     ordinary = random_model(GPT_MLA, n_latent=6)
     text = {'text': str(data_dir)} if name in TEXT else {}
+    text |= {key: 'abc' + 'ae'[key == 'corrupted'] for key in PROMPTS.get(name, {})}
     one, two = (as_json(module.analyse(subject(model), module.Config(**text)))
                 for model in (ordinary, GPT_KAhead.from_gpt(ordinary, k_ahead=3)))
     assert one == two
@@ -87,7 +90,8 @@ def test_gpt2s_published_form_is_taken_apart(name, published_forms, data_dir):
     numbers."""
     write_record(data_dir, make_tokenizer('gpt2'))
     module = importlib.import_module(f'analysis.{name}')
-    config = module.Config(**{'text': str(data_dir), 'max_tokens': 160} if name in TEXT else {})
+    given = {'text': str(data_dir), 'max_tokens': 160} if name in TEXT else {}
+    config = module.Config(**given, **PROMPTS.get(name, {}))
     one, two = (module.analyse(s, config) for s in published_forms)
     for (key, mine), theirs in zip(as_json(one).items(), as_json(two).values()):
         mine, theirs = (np.array(list(flat(value)), dtype=float) for value in (mine, theirs))

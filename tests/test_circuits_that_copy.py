@@ -13,7 +13,7 @@ from analysis_models import copying_model, exact_mla, induction_model, random_mo
 from conftest import tiny_model
 
 from analysis import development, induction_circuit, induction_heads, latent_surgery
-from analysis.program import Subject
+from analysis.program import Subject, load_subject
 from analysis.program import main as analysis_main
 from analysis.record import record, run_block
 from data.induction.prepare import CHARACTERS
@@ -283,6 +283,43 @@ def test_development_reads_the_checkpoints_of_a_run(run_that_learned, program, t
     (run_that_learned.parent / 'ckpt.pt.1').unlink()
     code, _, err = call(run_that_learned, '--device=cpu')
     assert code == 2 and '--keep_checkpoints=100' in err and err.count('\n') == 1
+
+
+def test_development_of_any_score_and_of_a_list_of_checkpoints(run_that_learned, program, tmp_path):
+    torch.manual_seed(0)
+    call = partial(program, lambda: analysis_main('development', development.Config,
+                                                  development.analyse, development.table,
+                                                  development.plot))
+    paths = [run_that_learned, f'{run_that_learned}.1']
+    names = ['induction_heads.scores', 'induction_heads.scores.1.0', 'induction_heads.scores.mean',
+             'induction_circuit.accuracy', 'logit_lens.stream.rank.mean']
+    code, stdout, err = call(run_that_learned, f'--checkpoints={",".join(map(str, paths))}',
+                             f'--scores={",".join(names)}', '--prompt=abcabc',
+                             f'--out_dir={tmp_path}')
+    assert code == 0, err
+    scores = json.loads((tmp_path / 'development.json').read_text())['scores']
+    for i, path in enumerate(reversed(paths)):
+        s = load_subject(path, 'cpu')
+        own = induction_heads.analyse(s, induction_heads.Config()).scores
+        for name, wanted in zip(names, (own.max(), own[1, 0], own.mean())):
+            assert scores[name][i] == pytest.approx(wanted, abs=1e-5)
+    assert scores['induction_heads.scores'][1] > 0.9 > 0.3 > scores['induction_heads.scores'][0]
+    assert '           200' in next(line for line in stdout.splitlines() if 'accuracy' in line)
+    for wrong, words in (('nonsense.x', 'must be ANALYSIS.FIELD'), ('ioi', 'must be'),
+                         ('induction_heads.score', "'score' is none of scores, spread"),
+                         ('induction_heads.scores.9.9', 'leads to no number'),
+                         ('logit_lens.tokens', 'leads to no number')):
+        code, _, err = call(run_that_learned, f'--scores={wrong}', '--prompt=abcabc')
+        assert code == 2 and words in err and err.count('\n') == 1
+    code, _, err = call(run_that_learned, f'--checkpoints={paths[0]},{paths[0]}')
+    assert code == 2 and 'two of iteration 200' in err
+
+
+def test_half_of_the_way():
+    assert development.half_way([0, 5, 9], np.array([0.1, 0.2, 0.9])) == 9
+    assert development.half_way([0, 5, 9], np.array([0.1, 0.6, 0.9])) == 5
+    assert development.half_way([0, 5], np.array([0.9, 0.1])) is None
+    assert development.half_way([0, 5], np.array([np.nan, 0.1])) is None
 
 
 def test_surgery_needs_a_model_that_copies():

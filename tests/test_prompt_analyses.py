@@ -11,7 +11,7 @@ from conftest import CHARS
 from family import EACH, member
 from test_notebook import hook, logits
 
-from analysis import attribution, logit_lens, patching, token_loss
+from analysis import logit_lens, patching, token_loss
 from analysis.program import Subject
 from model import GPT
 from model_k_ahead import GPT_KAhead
