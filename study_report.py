@@ -3,11 +3,10 @@ The report of the study: what the cells in a folder say, as one page. Every sent
 the numbers, so another run cannot leave a false one standing. study.py writes it at its end.
 """
 
-import base64
 import html
 from pathlib import Path
 
-from analysis.report import PAGE
+from analysis import page
 from study_cells import NOTHING, read_study
 from study_findings import FINDINGS, learning
 from study_text import TEXTS, in_text, ladder
@@ -30,13 +29,9 @@ def render(finding, out_dir, command):
     if finding.figure:
         picture = Path(out_dir) / f"{finding.title.lower().replace(' ', '_')}.png"
         finding.figure.savefig(picture, dpi=110)
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<img alt="{html.escape(finding.title)}" src="data:image/png;base64,{data}">')
+        parts.append(page.picture(finding.title, picture, is_wide=True))
     if len(finding.rows) > 1:
-        head, *body = [[html.escape(str(cell)) for cell in row] for row in finding.rows]
-        parts.append('<table><tr>' + ''.join(f'<th>{cell}</th>' for cell in head) + '</tr>')
-        parts += ['<tr>' + ''.join(f'<td>{cell}</td>' for cell in row) + '</tr>' for row in body]
-        parts.append('</table>')
+        parts.append(page.table(finding.rows))
     return '\n'.join(parts)
 
 
@@ -54,10 +49,7 @@ def write_report(out_dir, labels, command):
     """Write report.html of the cells in out_dir, and the pictures beside it. Returns the path."""
     study = read_study(out_dir, labels)
     seeds = [len(runs) for runs in study.cells.values()]
-    parts = ['<style>table { border-collapse: collapse; margin: 1em 0; font-size: 0.85em; } '
-             'td, th { border: 1px solid #ccc; padding: 0.25em 0.6em; text-align: left; } '
-             '.nothing { color: #555; font-size: 0.9em; margin: 0.3em 0; }</style>',
-             '<h1>What MLA changes inside</h1>',
+    parts = ['<h1>What MLA changes inside</h1>',
              f'<p>{sum(seeds)} models. All of this is made again by <code>{html.escape(command)}'
              '</code>, and each part by the command below its title. Numbers in brackets are 95 % '
              'intervals.</p>']
@@ -65,6 +57,5 @@ def write_report(out_dir, labels, command):
         parts.append(render(finding, out_dir, command))
     parts.append(f'<h2>What this does not show</h2><p>{html.escape(LIMITS)}</p>')
     path = Path(out_dir) / 'report.html'
-    path.write_text(PAGE.format(title='What MLA changes inside', body='\n'.join(parts)),
-                    encoding='utf-8')
+    path.write_text(page.page('What MLA changes inside', '\n'.join(parts)), encoding='utf-8')
     return path

@@ -143,7 +143,11 @@ def sequence(subject, config):
 
 
 def analyse(subject, config):
-    once = sequence(subject, config)
+    return analyse_ids(subject, sequence(subject, config), config)
+
+
+def analyse_ids(subject, once, config):
+    """The ResidualSpace of the token ids of one copy."""
     ids, dropped = once * config.repeat, int(config.drop_first)
     names = [EMBEDDING, *map(str, range(subject.model.config.n_layer))]
     layers = read_numbers('layers', config.layers, names)

@@ -213,7 +213,10 @@ def settings(module, config, source):
     known = {f.name for f in dataclasses.fields(module.Config)}
     shared = [key for key in ('out_dir', 'seed', 'device', 'text', 'other', 'prompt')
               if key in known and hasattr(config, key)]
-    return module.Config(model=source, **{key: getattr(config, key) for key in shared})
+    given = {key: getattr(config, key) for key in shared}
+    if 'clean' in known:  # the prompt of patching
+        given['clean'] = config.prompt
+    return module.Config(model=source, **given)
 
 
 def main(name, Config, analyse, table, plot, plot_prompt=None):
@@ -258,12 +261,18 @@ def make_folder(out_dir):
 def save(name, result, figures, config, out_dir):
     """Write the figures, a dictionary by name, and the numbers of result, a dataclass or a
     dictionary, with the settings that led to them. Raises UserError."""
+    save_figures(figures, out_dir)
     with writing_to(out_dir):
-        for picture, figure in figures.items():
-            figure.savefig(out_dir / f'{picture}.png', dpi=110)
         numbers = {'settings': dataclasses.asdict(config), **as_json(result)}
         text = json.dumps(numbers, allow_nan=False)
         (out_dir / f'{name}.json').write_text(text + '\n')
+
+
+def save_figures(figures, out_dir):
+    """Write the figures, a dictionary by name. Raises UserError."""
+    with writing_to(out_dir):
+        for name, figure in figures.items():
+            figure.savefig(out_dir / f'{name}.png', dpi=110)
 
 
 def as_json(value):

@@ -3,24 +3,31 @@ All of it for an MHA and an MLA model side by side, in one file: report.html.
 
     python -m analysis.report out_shakespeare_quick/ckpt.pt out_shakespeare_quick/ckpt_mla.pt
 
-It needs two models. An analysis that cannot serve one of them is left out, and the report says
-why. The pictures and numbers of each analysis lie beside report.html, in a folder of this pair:
+It needs two models. Attention, logit lens, patching and token losses answer to hover, click and
+arrow keys. What cannot serve one of the models is named at the end. The pictures and numbers of
+each analysis lie beside report.html, in a folder of this pair:
 out_report/out_shakespeare_quick/ckpt.pt-vs-ckpt_mla.pt.
 """
 
-import base64
 import html
+import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import quote
 
 from configurator import UserError, run
 
-from analysis import program
-from models import describe
+from matplotlib.figure import Figure
+
+import visualize_residual_space_gpt2 as residual_space
+from analysis import page, program
+from generate import sample_text
+from models import cached_numbers, describe
+from runtime.checkpoint import read_checkpoint
 from runtime.loading import find_checkpoint, is_hugging_face
 from runtime.progress import progress_bar
 
@@ -28,20 +35,34 @@ PARTS = {
     'induction_heads': 'The prefix-matching score is the mean attention, over the second copy of '
         'repeated random tokens, to the token that followed the same token in the first copy: 1 is '
         'a perfect induction head.',
-    'induction_circuit': 'Where heads look when a stretch of random tokens comes twice, at lags '
-        'that differ: at the first occurrence (0), at what followed it (1: classical induction) or '
-        'further (shifted); how far back they look; and how much is copied without each head.',
     'attention_patterns': 'Mean attention to the previous, the current and the first token and to '
         'the last occurrence of the same one, and the entropy of attention as a share of that of '
         'even attention, over repeated random tokens.',
+    'logit_lens': 'What each layer would predict, if it were the last: the likeliest token, '
+        'coloured by the probability of the right one. Below, what the heads write if each token '
+        'reads itself alone.',
+    'attribution': 'What each head, MLP and embedding adds directly to the logit of the likeliest '
+        'token, less the mean over all tokens.',
+    'patching': 'Two prompts that differ in one token. Each cell is one activation of the clean '
+        'one put into the corrupted one: how much of the difference between the two predictions it '
+        'brings back. 1 is all of it.',
+    'token_loss': 'The loss of every token of a text in both models, and where they differ.',
+    'induction_circuit': 'Where heads look when a stretch of random tokens comes twice, at lags '
+        'that differ: at the first occurrence (0), at what followed it (1: classical induction) or '
+        'further (shifted); how far back they look; and how much is copied without each head.',
+    'induction_in_text': 'Attention in a text to what followed the same token before, beside what '
+        'places alone give; and how much more is lost without a head where induction is right than '
+        'where the next token came before elsewhere.',
+    'ablation': 'How much the loss, and the difference between the loss late and early in the '
+        'context, change with each head, MLP or layer at zero, at its mean, or resampled.',
+    'ioi': 'After "When Mary and John walked to the store, John gave a drink to": logit of Mary '
+        'less that of John, what each head adds to it directly, and how much of it comes back when '
+        'one head is patched into a prompt with other names.',
     'copying': 'Eigenvalues of the full OV circuit (1: reading a token raises its own logit, -1: '
         'lowers it), and how often a head alone puts a token that it reads among the five '
         'likeliest, or the five unlikeliest.',
     'composition': 'How much of what a head writes is read by the query, key and value side of '
         'each later head, less what random matrices of the same shape give.',
-    'ioi': 'After "When Mary and John walked to the store, John gave a drink to": logit of Mary '
-        'less that of John, what each head adds to it directly, and how much of it comes back when '
-        'one head is patched into a prompt with other names.',
     'subspaces': 'Overlap (mean squared cosine of the principal angles) of the spaces that heads '
         'write to and read their keys and values from: 1 is the same space.',
     'latent_directions': 'Directions of the residual stream in the order in which attention reacts '
@@ -49,27 +70,18 @@ PARTS = {
         '1 is used by keys alone, 0 by values alone.',
     'spectrum': 'Singular values of W_Q W_K^T and W_V W_O of every head, in the weights and over a '
         'text; effective rank; and how many lie beyond the edge of noise.',
-    'ablation': 'How much the loss, and the difference between the loss late and early in the '
-        'context, change with each head at zero or at its mean.',
-    'induction_in_text': 'Attention in a text to what followed the same token before, beside what '
-        'places alone give; and how much more is lost without a head where induction is right than '
-        'where the next token came before elsewhere.',
     'similarity': 'CKA of the residual streams of the two models on the same text, after the '
         'embedding (0) and each block, and of what their heads write: 1 is the same up to rotation '
         'and scale.',
 }
-PAGE = '''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font-family: sans-serif; max-width: 1500px; margin: 2em auto; padding: 0 1em; \
-line-height: 1.45; }}
-pre {{ background: #f5f5f5; padding: 0.8em; overflow-x: auto; font-size: 0.8em; \
-flex: 1 1 30em; margin: 0.3em; }}
-.tables {{ display: flex; flex-wrap: wrap; }} img {{ max-width: 100%; }} \
-.left-out {{ color: #a04000; }}
-</style></head><body>
-{body}
-</body></html>
-'''
+# settings in which two models that are compared may differ: those of their attention, and of where
+# and how fast they ran
+MAY_DIFFER = {'n_kv_head', 'rotary', 'rotary_base', 'n_latent', 'n_rotary', 'latent_norm',
+              'latent_scale', 'n_query_latent', 'out_dir', 'device', 'dtype', 'compile', 'backend',
+              'log_interval', 'eval_interval', 'eval_iters', 'eval_only', 'always_save_checkpoint',
+              'keep_checkpoints', 'model_type', 'parallel', 'progress'}
+TOGETHER = ('similarity', 'token_loss')  # analyses of both models in one
+SAMPLE_TOKENS = 300
 
 
 @dataclass
@@ -80,46 +92,210 @@ class Config(program.AnalysisConfig):
         # in out_report/, a folder for each pair
     text: str = ''  # for the parts that read one: FILE:book.txt or a dataset; '': the val split
         # that each checkpoint names
+    prompt: str = ''  # for the parts that read one; '': how the val split begins
 
 
-def run_part(name, subjects, config):
-    """The module of one analysis, its results by the names of the models, and a line for each
-    model that it could not serve."""
-    module, results, left_out = import_module(f'analysis.{name}'), {}, []
-    if name == 'similarity':
-        jobs = {' and '.join(subjects): (module.compare, *subjects.values())}
-    else:
-        jobs = {label: (module.analyse, subject) for label, subject in subjects.items()}
+@dataclass
+class Report:
+    """What a page is made of, as far as the parts have been run."""
+    subjects: dict  # by label
+    config: Config
+    out_dir: Path
+    body: list = field(default_factory=list)  # HTML
+    data: dict = field(default_factory=dict)  # of the parts that page.js fills
+    left_out: list = field(default_factory=list)  # lines: which part, and why
+
+
+def run_part(name, report):
+    """The module of one analysis, and its results by the names of the models. What it cannot serve
+    is noted in the report."""
+    module, results, subjects = import_module(f'analysis.{name}'), {}, report.subjects
+    jobs = {label: (module.analyse, subject) for label, subject in subjects.items()}
+    if name in TOGETHER:
+        pair = list(subjects.values())
+        jobs = {' and '.join(subjects): (module.compare, *pair) if name == 'similarity' else
+                (lambda first, config: module.compare(pair, config), pair[0])}
     for label, (analyse, *models) in jobs.items():
         try:
-            results[label] = analyse(*models, program.settings(module, config, models[0].source))
+            config = program.settings(module, report.config, models[0].source)
+            results[label] = analyse(*models, config)
         except UserError as e:
-            left_out.append(f'{label}: {e}')
-    return module, results, left_out
+            report.left_out.append(f'{name} for {label}: {e}')
+    return module, results
 
 
-def section(name, module, results, left_out, out_dir):
-    """The HTML of one part."""
-    parts = [f'<h2 id="{name}">{name.replace("_", " ")}</h2>', f'<p>{html.escape(PARTS[name])}</p>']
-    for line in left_out:
-        parts.append(f'<p class="left-out">Left out for {html.escape(line)}</p>')
-    if results:
-        picture = base64.b64encode((out_dir / f'{name}.png').read_bytes()).decode()
-        parts.append(f'<img alt="{name}" src="data:image/png;base64,{picture}">')
-        tables = [f'<pre><b>{html.escape(label)}</b>\n\n{html.escape(module.table(result))}</pre>'
-                  for label, result in results.items()]
-        parts.append(f'<div class="tables">{"".join(tables)}</div>')
-    return '\n'.join(parts)
+def touchable(name, results, report):
+    """The HTML of what page.js draws of a part, side by side for the models; '' where it draws
+    nothing. Its data goes to the report."""
+    made = []
+
+    def add(kind, key, title, data):
+        report.data[key] = data
+        made.append(page.part(kind, key, title))
+    for label, result in results.items():
+        if name == 'attention_patterns':
+            prompt = prompt_of(report.subjects[label], report)
+            if prompt:
+                run = report.subjects[label].run(prompt)
+                add('attention', f'{name} {label}', f'{label}: every head over the prompt',
+                    page.attention_data(run))
+        elif name == 'logit_lens':
+            for kind, lens in (('residual stream', result.stream),
+                               (f'{result.source} alone', result.alone)):
+                add(name, f'{name} {label} {kind}', f'{label}: {kind}',
+                    page.lens_data(lens, result.tokens))
+        elif name == 'patching':
+            add(name, f'{name} {label}', f'{label}: {result.answer} less {result.against}, '
+                f'{result.corrupted:+.2f} to {result.clean:+.2f} nats', page.patching_data(result))
+        elif name == 'token_loss':
+            add(name, name, 'The text', page.token_loss_data(result))
+    # the streams of both models beside each other, then what latents write
+    return page.pair(made[::2] + made[1::2] if name == 'logit_lens' else made) if made else ''
 
 
-def heading(subjects):
-    """The HTML before the parts: a title, the models and links."""
-    parts = ['<h1>MHA and MLA taken apart</h1>', '<ul>']
-    for label, subject in subjects.items():
-        source, model = html.escape(subject.source), html.escape(describe(subject.model))
-        parts.append(f'<li><b>{html.escape(label)}</b>: {source}, {model}</li>')
-    links = ' '.join(f'<a href="#{name}">{name.replace("_", " ")}</a>' for name in PARTS)
-    return '\n'.join([*parts, '</ul>', f'<p>{links}</p>'])
+def prompt_of(subject, report):
+    """The ids of the report's prompt; None where there is none, which other parts report."""
+    try:
+        return subject.prompt(report.config.prompt)
+    except UserError:
+        return None
+
+
+def add_part(name, report):
+    """Run one analysis, save its picture and numbers, and add its part to the page."""
+    module, results = run_part(name, report)
+    if not results:
+        return
+    sources = {label: subject.source for label, subject in report.subjects.items()}
+    used = program.settings(module, report.config, report.config.model)
+    figures = {name: module.plot(results)}
+    program.save(name, {'models': sources, **results}, figures, used, report.out_dir)
+    title = name.replace('_', ' ')
+    report.body += [f'<h2 id="{name}">{title}</h2>', f'<p>{html.escape(PARTS[name])}</p>']
+    drawn = touchable(name, results, report)
+    tables = [f'<div><h3>{html.escape(label)}</h3><pre>{html.escape(module.table(result))}</pre>'
+              '</div>' for label, result in results.items()]
+    image = page.picture(title, report.out_dir / f'{name}.png', is_wide=True)
+    if drawn:
+        image = f'<details><summary>As a picture</summary>{image}</details>'
+    report.body += [drawn, image, page.pair(tables)]
+
+
+def checkpoint_of(subject):
+    """The checkpoint of a subject, {} where it is none."""
+    if is_hugging_face(subject.source):
+        return {}
+    return read_checkpoint(find_checkpoint(subject.source), mmap=True)
+
+
+def written_at(source):
+    path = Path(source) if is_hugging_face(source) else find_checkpoint(source)
+    return datetime.fromtimestamp(path.stat().st_mtime).strftime('%Y-%m-%d') if path.exists() else (
+        'unknown')
+
+
+def unlike(subjects):
+    """How two Subjects were trained otherwise than each other, as lines. Their attentions may
+    differ."""
+    one, two = (subject.settings for subject in subjects)
+    missing = [subject.label for subject in subjects if not subject.settings]
+    if missing:
+        return [f'how {name} was trained is unknown' for name in missing]
+    keys = sorted((one.keys() & two.keys()) - MAY_DIFFER)
+    return [f'{key} is {one[key]!r} and {two[key]!r}' for key in keys if one[key] != two[key]]
+
+
+def add_summary(report):
+    """The title, a table of the two models, and a warning where they were not trained alike."""
+    subjects, rows = list(report.subjects.values()), []
+    checkpoints = [checkpoint_of(subject) for subject in subjects]
+    metrics = [[json.loads(line) for line in checkpoint.get('metrics', '').splitlines()]
+               for checkpoint in checkpoints]
+    rows.append(['', *report.subjects])
+    rows.append(['model', *(describe(subject.model) for subject in subjects)])
+    rows.append(['val loss, estimated in training, nats', *(
+        f'{float(c["best_val_loss"]):.4f}' if 'best_val_loss' in c else 'unknown'
+        for c in checkpoints)])
+    rows.append(['parameters', *(f'{s.model.get_num_params(non_embedding=False):,}'
+                                 for s in subjects)])
+    rows.append(['cache, bytes per token in float32', *(f'{4 * cached_numbers(s.model):,}'
+                                                        for s in subjects)])
+    rows.append(['iterations', *(f'{c["iter_num"]:,}' if 'iter_num' in c else 'unknown'
+                                 for c in checkpoints)])
+    rows.append(['data', *(s.dataset or 'unknown' for s in subjects)])
+    rows.append(['tokens', *(s.tokenizer.name for s in subjects)])
+    rows.append(['written', *(written_at(s.source) for s in subjects)])
+    rows.append(['from', *(s.source for s in subjects)])
+    report.body += ['<h1>MHA and MLA taken apart</h1>', page.table(rows, 'summary')]
+    differing = unlike(subjects)
+    if differing:
+        report.body.append('<p class="warning"><b>Not trained alike, or not known to be:</b> '
+                           + html.escape('; '.join(differing)) + '. What differs below may come '
+                           'from that.</p>')
+    report.body.append('NAVIGATION')
+    if any(metrics):
+        add_figure(report, 'training', 'How they were trained', draw_curves(report, metrics))
+
+
+def draw_curves(report, metrics):
+    figure = Figure(figsize=(9, 4), layout='constrained')
+    ax = figure.subplots()
+    for number, (label, rows) in enumerate(zip(report.subjects, metrics)):
+        for key, style in (('train_loss', ':'), ('val_loss', '-')):
+            points = [(row['iter'], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                ax.plot(*zip(*points), style, color=f'C{number}',
+                        label=f'{label}, {key.replace("_", " ")}')
+    ax.set(xlabel='iteration', ylabel='loss, nats')
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return figure
+
+
+def add_figure(report, name, title, figure):
+    program.save_figures({name: figure}, report.out_dir)
+    report.body += [f'<h2 id="{name}">{title}</h2>',
+                    page.picture(title, report.out_dir / f'{name}.png')]
+
+
+def add_residual_space(report):
+    """The residual stream of each model over the prompt, in two dimensions."""
+    made = []
+    for label, subject in report.subjects.items():
+        ids = prompt_of(subject, report)
+        if ids is None or len(ids) < 2:
+            report.left_out.append(f'residual stream for {label}: there is no prompt of two tokens')
+            continue
+        config = residual_space.ResidualConfig(model=subject.source)
+        result = residual_space.analyse_ids(subject, ids, config)
+        name = f'residual_space_{len(made) + 1}'
+        figure = residual_space.draw_trajectories(label, result)
+        program.save_figures({name: figure}, report.out_dir)
+        made.append(page.picture(f'residual stream of {label}', report.out_dir / f'{name}.png'))
+    if made:
+        report.body += ['<h2 id="residual_stream">residual stream</h2>',
+                        '<p>Each token over the prompt, from the embedding through every block, in '
+                        'the two directions of most variance.</p>', page.pair(made)]
+
+
+def add_samples(report):
+    made = []
+    for label, subject in report.subjects.items():
+        if not subject.tokenizer.knows_text:
+            report.left_out.append(f'samples for {label}: what its ids mean is unknown')
+            continue
+        text = sample_text(subject.model, subject.tokenizer, report.config.seed, SAMPLE_TOKENS)
+        made.append(f'<div><h3>{html.escape(label)}</h3><pre>{html.escape(text)}</pre></div>')
+    if made:
+        report.body += ['<h2 id="samples">samples</h2>',
+                        f'<p>{SAMPLE_TOKENS} tokens at temperature 0.8.</p>', page.pair(made)]
+
+
+def navigation(body):
+    """Links to the parts that are there."""
+    names = re.findall(r'<h2 id="(\w+)">', ''.join(body))
+    return '<nav>' + ' '.join(f'<a href="#{name}">{name.replace("_", " ")}</a>'
+                              for name in names) + '</nav>'
 
 
 def same_model(source, other):
@@ -164,20 +340,21 @@ def main():
     out_dir = program.make_folder(config.out_dir or pair_folder(config.model, config.other))
     for label, subject in subjects.items():
         print(f'{label}: {describe(subject.model)}')
-    body = [heading(subjects)]
-    sources = {label: subject.source for label, subject in subjects.items()}
+    report = Report(subjects, config, out_dir)
+    add_summary(report)
     for name in progress_bar(list(PARTS), 'report'):
-        module, results, left_out = run_part(name, subjects, config)
-        if results:
-            figures = {name: module.plot(results)}
-            used = program.settings(module, config, config.model)
-            program.save(name, {'models': sources, **results}, figures, used, out_dir)
-        for line in left_out:
-            print(f'{name}: left out for {line}')
-        body.append(section(name, module, results, left_out, out_dir))
+        add_part(name, report)
+    add_residual_space(report)
+    add_samples(report)
+    if report.left_out:
+        report.body += ['<p class="left-out"><b>Left out:</b> '
+                        + html.escape('; '.join(report.left_out)) + '</p>']
+        print('left out: ' + '; '.join(report.left_out))
+    links = navigation(report.body)
+    body = '\n'.join(links if part == 'NAVIGATION' else part for part in report.body)
     with program.writing_to(out_dir):
-        page = PAGE.format(title='MHA and MLA taken apart', body='\n'.join(body))
-        (out_dir / 'report.html').write_text(page, encoding='utf-8')
+        text = page.page('MHA and MLA taken apart', body, report.data)
+        (out_dir / 'report.html').write_text(text, encoding='utf-8')
     print(f'saved {out_dir / "report.html"}')
 
 
