@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from analysis.development import first_above
 from analysis.statistics import paired_shares
+from runtime.figures import Figure
 
 ALGORITHMS = {'classical': '#0072B2', 'shifted': '#E69F00', 'unnamed': '#999999', 'none': '#dddddd'}
 STYLES = [('#0072B2', '-'), ('#D55E00', '--'), ('#009E73', '-.'), ('#000000', ':')]  # of curves

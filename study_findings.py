@@ -6,7 +6,6 @@ of cells.
 import math
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from analysis.statistics import (
     least_squares,
@@ -16,6 +15,7 @@ from analysis.statistics import (
     share,
     survival,
 )
+from runtime.figures import Figure
 from study_cells import (
     ALGORITHMS,
     FORMED,

@@ -3,9 +3,9 @@ What the study finds about text: a function for each question, which makes a Fin
 """
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from analysis.statistics import mean, paired
+from runtime.figures import Figure
 from study_cells import FORMED, PAIRS, STYLES, Finding, compared, of_shared_seeds, spread
 
 TEXTS = {'characters': 'characters of Shakespeare', 'plays': 'byte pairs of all his plays'}

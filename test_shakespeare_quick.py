@@ -28,7 +28,6 @@ from pathlib import Path
 from configurator import UserError, build, configure, run
 
 import torch
-from matplotlib.figure import Figure
 
 from evaluate import split_loss
 from generate import generate
@@ -38,6 +37,7 @@ from runtime.checkpoint import checkpoint_path, read_checkpoint
 from runtime.cpu_linear import use_cpu_linear
 from runtime.dataset import open_data
 from runtime.device import autocast, pick_device, pick_dtype
+from runtime.figures import Figure
 from runtime.progress import progress_bar
 from runtime.run_folder import StopSignal, newest_metrics
 from runtime.run_log import plot_losses

@@ -24,12 +24,12 @@ from configurator import UserError, run
 import numpy as np
 import torch
 from matplotlib.animation import PillowWriter
-from matplotlib.figure import Figure
 
 from analysis import program
-from analysis.plots import token_labels
+from analysis.plots import set_title, token_labels
 from analysis.record import residual_streams
 from models import describe
+from runtime.figures import Figure
 from runtime.progress import progress_bar
 
 MARKERS = 'os^Dv<>Pp*hX'  # of the copies of a repeated sequence
@@ -66,6 +66,7 @@ class ResidualSpace:
     places: list  # where in its copy it is, from 0
     explained: np.ndarray  # (layer, 2) share of the variance, of all layers or of its own, that
     # each component explains
+    within: np.ndarray  # (layer,) share of the layer's own variance that the two show together
     basis: str
     drop_first: bool
     normalize: bool
@@ -101,6 +102,13 @@ def project(streams, basis):
         coordinates.append(own)
         shares.append(explained)
     return np.stack(coordinates), np.stack(shares)
+
+
+def shown_variance(streams, coordinates):
+    """The share (layer,) of the variance of streams (layer, token, n) within each layer that their
+    coordinates (layer, token, 2) have."""
+    whole, shown = (X.var(axis=1).sum(-1) for X in (streams, coordinates))
+    return np.where(whole > 0, shown / np.maximum(whole, 1e-300), 0.0)
 
 
 def read_numbers(key, text, names):
@@ -166,7 +174,9 @@ def analyse_ids(subject, once, config):
         coordinates[layers][:, [t - dropped for t in tokens]], [names[i] for i in layers],
         token_labels(subject.tokenizer, [ids[t] for t in tokens]),
         copies=[t // len(once) for t in tokens], places=[t % len(once) for t in tokens],
-        explained=explained[layers], basis=config.basis, drop_first=config.drop_first,
+        explained=explained[layers],
+        within=shown_variance(streams[:, dropped:], coordinates)[layers],
+        basis=config.basis, drop_first=config.drop_first,
         normalize=config.normalize)
 
 
@@ -182,10 +192,11 @@ def how(result):
         'first position left out' if result.drop_first else 'with the first position'])
 
 
-def label_axes(ax, explained):
-    ax.set_xlabel(f'PC 1 ({explained[0]:.0%} of variance)', fontsize=8)
-    ax.set_ylabel(f'PC 2 ({explained[1]:.0%} of variance)', fontsize=8)
-    ax.tick_params(labelsize=7)
+def label_axes(ax, result, layer):
+    """Name the components. Of one basis for all layers the shares are those of all together."""
+    of = 'all variance' if result.basis == 'shared' else "this layer's variance"
+    for number, set_label in enumerate((ax.set_xlabel, ax.set_ylabel)):
+        set_label(f'PC {number + 1} ({result.explained[layer, number]:.0%} of {of})', fontsize=8)
 
 
 def scatter(ax, points, result):
@@ -201,71 +212,120 @@ def scatter(ax, points, result):
     return image
 
 
-def write_labels(ax, points, result):
-    for point, text in zip(points, result.tokens):
-        ax.annotate(text, point, (3, 3), textcoords='offset points', fontsize=7, parse_math=False,
-                    zorder=4)
+def write_labels(ax, points, result, size=8):
+    """Write each token beside its point where there is room: on one of four sides, and not over
+    another label or point. Those that find no room are left out."""
+    scale = ax.figure.dpi / 72
+    pixels = ax.transData.transform(points)
+    taken = [(x - 3 * scale, y - 3 * scale, x + 3 * scale, y + 3 * scale) for x, y in pixels]
+    for own, ((x, y), point, text) in enumerate(zip(pixels, points, result.tokens)):
+        width, height = (0.62 * size * max(1, len(text)) * scale, 1.1 * size * scale)
+        for side in ((1, 1), (-1, 1), (1, -1), (-1, -1)):
+            left = x + 3 * scale if side[0] > 0 else x - 3 * scale - width
+            low = y + scale if side[1] > 0 else y - scale - height
+            box = left, low, left + width, low + height
+            if not any(overlaps(box, other) for number, other in enumerate(taken)
+                       if number != own):
+                taken.append(box)
+                ax.annotate(text, point, (3 * side[0], side[1]), textcoords='offset points',
+                            fontsize=size, parse_math=False, zorder=4,
+                            ha='left' if side[0] > 0 else 'right',
+                            va='bottom' if side[1] > 0 else 'top')
+                break
+
+
+def overlaps(one, other):
+    """Whether two boxes (left, low, right, high) overlap."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def fit_axes(ax, points):
+    """Let the axes end a little beyond points (..., 2), which may be all at one place."""
+    low, high = (end(points.reshape(-1, 2), axis=0) for end in (np.min, np.max))
+    margin = 0.1 * (high - low) + 1e-9
+    ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]),
+           ylim=(low[1] - margin[1], high[1] + margin[1]))
 
 
 def name_copies(ax, result):
     if 1 < len(set(result.copies)) <= len(MARKERS):
-        ax.legend(fontsize=7, loc='best')
+        ax.legend(loc='best')
 
 
 def draw_grid(name, result, labels=True):
-    """A Figure with a picture of each layer."""
+    """A Figure with a picture of each layer, each on a scale of its own: in the first layers all
+    tokens would be one spot on that of the last."""
     columns = math.ceil(math.sqrt(len(result.layers)))
     rows = -(-len(result.layers) // columns)
-    figure = Figure(figsize=(3.6 * columns + 0.8, 3.3 * rows + 0.7), layout='constrained')
-    figure.suptitle(f'Residual stream of {name}, layer by layer\n{how(result)}', fontsize=11)
-    shared = result.basis == 'shared'
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared)
+    figure = Figure(figsize=(3.8 * columns + 0.8, 3.5 * rows + 0.7), layout='constrained')
+    set_title(figure, f'Residual stream of {name}, layer by layer, each on its own scale\n'
+                      f'{how(result)}')
+    axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[len(result.layers):]:
         ax.axis('off')
-    layers = zip(result.layers, result.coordinates, result.explained)
-    for ax, (layer, points, explained) in zip(axes.flat, layers):
+    for number, (ax, points) in enumerate(zip(axes.flat, result.coordinates)):
         image = scatter(ax, points, result)
-        if labels:
-            write_labels(ax, points, result)
-        ax.set_title(layer_title(layer), fontsize=9)
-        label_axes(ax, explained)
-        ax.tick_params(labelbottom=True, labelleft=True)
+        fit_axes(ax, points)
+        ax.set_title(f'{layer_title(result.layers[number])}: {result.within[number]:.0%} of its '
+                     'variance', fontsize=9)
+        if result.basis == 'per_layer':
+            label_axes(ax, result, number)
+    if result.basis == 'shared':
+        shares = result.explained[-1]
+        figure.supxlabel(f'PC 1 of all layers together ({shares[0]:.0%} of the variance)',
+                         fontsize=9)
+        figure.supylabel(f'PC 2 ({shares[1]:.0%})', fontsize=9)
     name_copies(axes.flat[0], result)
     figure.colorbar(image, ax=axes, label='place in the sequence, from 0', shrink=0.6)
+    figure.draw_without_rendering()  # where the labels have room is known then
+    for ax, points in zip(axes.flat, result.coordinates):
+        if labels:
+            write_labels(ax, points, result)
     return figure
 
 
-def draw_trajectories(name, result, labels=True):
-    """A Figure in which each token's points are joined through the layers, first to last."""
-    figure = Figure(figsize=(8.5, 7), layout='constrained')
-    ax = figure.subplots()
+def draw_paths(ax, result):
+    """Join each token's points through the layers: x is the first, the large point the last."""
     for path in result.coordinates.transpose(1, 0, 2):
         ax.plot(*path.T, color='#bbbbbb', linewidth=0.8, zorder=1)
-        ax.plot(*path[0], marker='x', color='#888888', markersize=4, zorder=2)
-    image = scatter(ax, result.coordinates[-1], result)
-    vmax = max(1, max(result.places))
+        ax.plot(*path[0], marker='x', color='#666666', markersize=4, zorder=2)
     for points in result.coordinates[1:-1]:
-        ax.scatter(*points.T, c=result.places, vmin=0, vmax=vmax, cmap='viridis', s=6, zorder=2)
-    if labels:
-        write_labels(ax, result.coordinates[-1], result)
-    label_axes(ax, result.explained[-1])
-    if result.basis == 'per_layer':
-        ax.set(xlabel='PC 1 of each layer', ylabel='PC 2 of each layer')
+        ax.scatter(*points.T, c=result.places, vmin=0, vmax=max(1, max(result.places)),
+                   cmap='viridis', s=6, zorder=2)
+    return scatter(ax, result.coordinates[-1], result)
+
+
+def draw_trajectories(name, result, labels=True):
+    """A Figure of the way of each token through the layers, and of its beginning enlarged. It needs
+    one basis for all layers."""
+    figure = Figure(figsize=(12, 6), layout='constrained')
+    whole, centre = figure.subplots(1, 2)
+    for ax in (whole, centre):
+        image = draw_paths(ax, result)
+        label_axes(ax, result, -1)
+    fit_axes(whole, result.coordinates)
+    half = result.coordinates[:max(1, (len(result.layers) + 1) // 2)]
+    fit_axes(centre, half)
+    whole.indicate_inset(bounds=[centre.get_xlim()[0], centre.get_ylim()[0],
+                                 np.ptp(centre.get_xlim()), np.ptp(centre.get_ylim())],
+                         edgecolor='#666666')
     first, last = layer_title(result.layers[0]), layer_title(result.layers[-1])
-    ax.set_title(f'Residual stream of {name}\nfrom x ({first}) to the large point ({last})\n'
-                 f'{how(result)}', fontsize=10)
-    name_copies(ax, result)
-    figure.colorbar(image, ax=ax, label='place in the sequence, from 0', shrink=0.6)
+    whole.set_title(f'from x ({first}) to the large point ({last})')
+    centre.set_title(f'the framed part: up to {layer_title(result.layers[len(half) - 1])}')
+    figure.suptitle(f'Residual stream of {name}\n{how(result)}')
+    name_copies(whole, result)
+    figure.colorbar(image, ax=[whole, centre], label='place in the sequence, from 0', shrink=0.6)
+    figure.draw_without_rendering()  # where the labels have room is known then
+    if labels:
+        write_labels(whole, result.coordinates[-1], result)
+        write_labels(centre, half[-1], result)
     return figure
 
 
 def save_animation(path, name, result, labels=True):
-    """A GIF in which the tokens move from layer to layer."""
+    """A GIF in which the tokens move from layer to layer. The scale follows them."""
     figure = Figure(figsize=(6, 5.5), layout='constrained')
     ax = figure.subplots()
-    low, high = result.coordinates.min((0, 1)), result.coordinates.max((0, 1))
-    margin = 0.08 * (high - low) + 1e-9
-    (left, bottom), (right, top) = low - margin, high + margin
     writer = PillowWriter(fps=FRAMES_PER_LAYER)
     last = len(result.layers) - 1
     moments = np.linspace(0, last, last * FRAMES_PER_LAYER + 1)
@@ -276,12 +336,13 @@ def save_animation(path, name, result, labels=True):
             points = (1 - part) * result.coordinates[before] + part * result.coordinates[after]
             ax.clear()
             scatter(ax, points, result)
-            if labels:
-                write_labels(ax, points, result)
-            ax.set(xlim=(left, right), ylim=(bottom, top))
-            label_axes(ax, result.explained[before])
+            fit_axes(ax, points)
+            label_axes(ax, result, before)
             ax.set_title(f'{name}\n{layer_title(result.layers[round(moment)])}', fontsize=9)
             name_copies(ax, result)
+            figure.draw_without_rendering()
+            if labels:
+                write_labels(ax, points, result)
             writer.grab_frame()
 
 
@@ -291,13 +352,15 @@ def main():
     result = analyse(subject, config)
     out_dir = program.make_folder(config.out_dir or program.default_folder(subject))
     print(f'\n{len(result.tokens)} tokens, {how(result)}; share of the variance in the two '
-          'components:')
-    for layer, (first, second) in zip(result.layers, result.explained):
-        print(f'{layer_title(layer):>18}{first:>8.1%}{second:>8.1%}')
-    figures = {'residual_space': draw_grid(subject.label, result, config.labels),
-               'residual_trajectories': draw_trajectories(subject.label, result, config.labels)}
+          'components, and of the variance within the layer:')
+    for layer, (first, second), within in zip(result.layers, result.explained, result.within):
+        print(f'{layer_title(layer):>18}{first:>8.1%}{second:>8.1%}{within:>8.1%}')
+    figures = {'residual_space': draw_grid(subject.label, result, config.labels)}
+    if result.basis == 'shared':  # points in different bases cannot be joined
+        figures['residual_trajectories'] = draw_trajectories(subject.label, result, config.labels)
     program.save('residual_space', result, figures, config, out_dir)
-    saved = ['residual_space.png', 'residual_trajectories.png', 'residual_space.json']
+    saved = [*(f'{name}.{ending}' for name in figures
+               for ending in dict.fromkeys(['png', config.format])), 'residual_space.json']
     if config.animation:
         saved.append('residual_space.gif')
         with program.writing_to(out_dir):

@@ -16,13 +16,13 @@ from configurator import UserError, run
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from analysis.induction_heads import Config as InductionConfig
 from analysis.induction_heads import copy_length, patterns_over_copies
-from analysis.plots import Panel, draw_panels, field_maps, token_labels
+from analysis.plots import Panel, draw_panels, field_maps, set_title, token_labels
 from analysis.program import main, read_heads, top_heads
 from analysis.record import record
+from runtime.figures import Figure
 
 
 @dataclass
@@ -122,7 +122,7 @@ def plot(results):
     panels = [Panel(name, field_maps(results, kind), 'mean attention', 0, 1)
               for kind, name in KINDS.items()]
     entropies = field_maps(results, 'relative_entropy')
-    panels.append(Panel('entropy', entropies, 'share of even', 0, 1, 'magma'))
+    panels.append(Panel('entropy', entropies, 'share of even', 0, 1))
     return draw_panels('Where heads look, over repeated random tokens', panels)
 
 
@@ -135,7 +135,7 @@ def plot_prompt(label, result):
     rows = -(-n_patterns // columns)
     size = max(3.2, 0.16 * len(labels) + 1)
     figure = Figure(figsize=(size * columns + 1, size * rows + 0.6), layout='constrained')
-    figure.suptitle(f'Attention patterns of {label}', fontsize=11)
+    set_title(figure, f'Attention patterns of {label}')
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[n_patterns:]:
         ax.axis('off')

@@ -33,7 +33,6 @@ from configurator import UserError, run
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from analysis import NAMES
 from analysis.circuits import folded_heads, joint_reading_space
@@ -41,9 +40,11 @@ from analysis.composition import chance, compositions, layers
 from analysis.induction_circuit import attention_back, copy_accuracy
 from analysis.induction_heads import copies_with_lags, shift_scores
 from analysis.latent_directions import users
+from analysis.plots import set_title
 from analysis.program import AnalysisConfig, load_subject, main, settings
 from analysis.spectrum import effective_rank, of_weights
 from runtime.checkpoint import read_checkpoint, run_checkpoints
+from runtime.figures import Figure
 from runtime.progress import progress_bar
 
 SCORES = {'accuracy': 'copy accuracy', 'induction': 'induction', 'classical': 'classical',
@@ -213,8 +214,8 @@ def plot(results):
     columns = min(5, len(keys) + 1)
     rows = -(-(len(keys) + 1) // columns)
     figure = Figure(figsize=(max(7, 2.9 * columns), 0.6 + 2.6 * rows), layout='constrained')
-    figure.suptitle('When it forms: scores of the checkpoints of a run. Dotted: half way from the '
-                    'first to the highest')
+    set_title(figure, 'When it forms: scores of the checkpoints of a run. Dotted: half way from '
+                      'the first to the highest')
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
     for number, (name, result) in enumerate(results.items()):
         axes[0].plot(result.iters, [np.nan if x is None else x for x in result.losses],

@@ -232,7 +232,7 @@ def plot(results):
             maps[name] = values.reshape(-1, values.shape[-1])
             heads = names_of(np.ndindex(values.shape[:2]))
             names[name] = heads, [str(shift) for shift in range(values.shape[-1])]
-        panels.append(Panel(title, maps, 'mean attention', 0, 1, 'viridis', 'head', unit,
+        panels.append(Panel(title, maps, 'mean attention', 0, 1, 'Blues', 'head', unit,
                             names=names))
     panels.append(Panel('copy accuracy without a head', field_maps(results, 'alone'),
                         'copy accuracy', 0, 1))

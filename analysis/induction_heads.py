@@ -48,6 +48,8 @@ class Induction:
     threshold: float
     shifted: np.ndarray  # (n_layer, n_head, shifts) mean attention at each shift, from 0
     best_shift: np.ndarray  # (n_layer, n_head) the shift, of 1 and more, with most attention
+    chance: float  # the prefix-matching score of even attention
+    chance_shifted: float  # the mean attention of even attention to any one shift
 
     def best(self):
         """(n_layer, n_head) the mean attention at best_shift."""
@@ -156,8 +158,11 @@ def analyse(subject, config):
         scores[start:start + len(matches), layer] = matches.mean(-1).cpu()
     copies = copies_with_lags(model, subject.n_vocab, config.sequences, config.seed)
     shifted = shift_scores(subject, copies)
+    # even attention gives a share of 1 / (t + 1) to each token that the one at t sees
+    chance = (1 / np.arange(n + 1, 2 * n + 1)).mean()
+    chance_shifted = (1 / (copies.queries() + 1.0)).mean().item()
     return Induction(scores.mean(0), scores.std(0), n, config.threshold, shifted,
-                     best_shifts(shifted)[0])
+                     best_shifts(shifted)[0], float(chance), chance_shifted)
 
 
 def table(result):
@@ -167,7 +172,7 @@ def table(result):
         layer, head = top_heads(result.scores, 1)[0]
         return (f'no head scores above {result.threshold:g}; the highest is '
                 f'{result.scores[layer, head]:.3f} (head {layer}.{head}), '
-                f'2 x {result.length} tokens')
+                f'2 x {result.length} tokens; even attention scores {result.chance:.3f}')
     lines = [f'{"head":>6}{"prefix matching":>18}{"spread":>9}{"best shift":>13}{"score":>9}      '
              f'above {result.threshold:g}']
     for layer, head in above:
@@ -179,11 +184,12 @@ def table(result):
 
 def plot(results):
     best = {name: result.best() for name, result in results.items()}
+    first = next(iter(results.values()))
     return draw_panels('Induction heads: attention to what followed the same token',
                        [Panel('prefix-matching score', field_maps(results, 'scores'),
-                              'mean attention', 0, 1),
+                              'mean attention', 0, 1, chance=first.chance),
                         Panel('at the best shift, with lags that differ', best,
-                              'mean attention', 0, 1)])
+                              'mean attention', 0, 1, chance=first.chance_shifted)])
 
 
 if __name__ == '__main__':

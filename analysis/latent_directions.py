@@ -28,7 +28,6 @@ from configurator import UserError, run
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from analysis.circuits import (
     folded_heads,
@@ -37,8 +36,9 @@ from analysis.circuits import (
     part_of_scores,
     token_vectors,
 )
-from analysis.plots import token_labels, with_notes
+from analysis.plots import layer_colours, set_title, token_labels, with_notes
 from analysis.program import AnalysisConfig, main
+from runtime.figures import Figure
 from runtime.progress import progress_bar
 
 
@@ -195,13 +195,15 @@ def table(result):
 
 def plot(results):
     figure = Figure(figsize=(5.5 * len(results) + 0.5, 7), layout='constrained')
-    title = with_notes('What the latent stores, layer by layer', results)
-    figure.suptitle(title, fontsize=11)
+    set_title(figure, with_notes('What the latent stores, layer by layer', results))
     axes = figure.subplots(2, len(results), squeeze=False, sharey='row')
     for (top, bottom), (name, result) in zip(axes.T, results.items()):
+        colours = layer_colours(len(result.strengths))
         for layer, (strengths, shares) in enumerate(zip(result.strengths, result.key_share)):
-            color, number = f'C{layer % 10}', np.arange(1, len(strengths) + 1)
-            top.semilogy(number, np.maximum(strengths, 1e-6), color=color, label=f'layer {layer}')
+            color, number = colours[layer], np.arange(1, len(strengths) + 1)
+            values = np.array(strengths)
+            values[values < 1e-6 * values.max(initial=1e-300)] = np.nan  # rounding
+            top.semilogy(number, values, color=color, label=f'layer {layer}')
             bottom.plot(np.linspace(0, 1, len(shares)), shares, color=color)
         top.set(title=f'{name}\nhow strongly attention reacts to each direction',
                 xlabel='direction', ylabel='singular value of M')

@@ -31,13 +31,13 @@ from configurator import UserError, run
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from analysis.circuits import orthonormal
 from analysis.induction_circuit import COPIES
 from analysis.induction_heads import copies_with_lags
 from analysis.program import AnalysisConfig, main
 from analysis.record import record, run_block
+from runtime.figures import Figure
 from runtime.progress import progress_bar
 
 COUNTS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)

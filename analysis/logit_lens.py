@@ -21,10 +21,10 @@ from configurator import run
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-from analysis.plots import draw_tokens_grid
+from analysis.plots import draw_tokens_grid, set_title
 from analysis.program import AnalysisConfig, main
+from runtime.figures import Figure
 
 TOP = 5  # guesses that are kept of each place
 
@@ -132,8 +132,8 @@ def plot(results):
     n_rows = sum(len(result.stream.rows) + len(result.alone.rows) for result in results.values())
     figure = Figure(figsize=(2.2 + 0.46 * shown, 1.2 + 0.3 * n_rows + 0.9 * 2 * len(results)),
                     layout='constrained')
-    figure.suptitle('Logit lens: what each layer would predict. Colour: probability of the right '
-                    'next token')
+    set_title(figure, 'Logit lens: what each layer would predict. Colour: probability of the right '
+                      'next token')
     heights = [len(one.rows) + 2 for result in results.values()
                for one in (result.stream, result.alone)]
     axes = iter(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])

@@ -2,9 +2,12 @@
 scale."""
 
 from dataclasses import dataclass
+from textwrap import fill
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib import colormaps
+
+from runtime.figures import Figure
 
 
 @dataclass
@@ -15,11 +18,12 @@ class Panel:
     unit: str  # of the colour bar
     low: float | None = None  # ends of the colour scale; None: those of all the maps together
     high: float | None = None
-    colors: str = 'viridis'
+    colors: str = 'Blues'
     rows: str = 'layer'
     columns: str = 'head'
     numbers: bool = True  # written into the cells of a small map
     names: dict | None = None  # name of the model -> names of its rows and of its columns
+    chance: float | None = None  # marked on the colour bar
 
 
 def with_notes(title, results):
@@ -64,6 +68,12 @@ def write_numbers(ax, image, values, largest):
                 color='white' if is_dark(image, value) else 'black')
 
 
+def set_title(figure, title):
+    """Write the title over a figure, in as many lines as its width needs."""
+    n_characters = int(12 * figure.get_figwidth())  # that fit beside each other
+    figure.suptitle('\n'.join(fill(line, n_characters) for line in title.splitlines()))
+
+
 def draw_panels(title, panels):
     """A Figure of Panels. In each of them the models stand side by side on one colour scale."""
     n_models = len(panels[0].maps)
@@ -74,7 +84,7 @@ def draw_panels(title, panels):
     side_by_side = min(len(panels), most)
     n_rows = -(-len(panels) // side_by_side)
     figure = Figure(figsize=(side_by_side * width, 0.5 + height * n_rows), layout='constrained')
-    figure.suptitle(title, fontsize=12)
+    set_title(figure, title)
     boxes = figure.subfigures(n_rows, side_by_side, squeeze=False)
     for box, panel in zip(boxes.flat, panels):
         draw_panel(box, panel)
@@ -92,10 +102,14 @@ def draw_panel(box, panel):
         if panel.names:
             name_cells(ax, *panel.names[name])
         ax.set_title(f'{panel.title}\n{name}' if len(panel.maps) > 1 else panel.title, fontsize=9)
-    box.colorbar(image, ax=list(axes), label=panel.unit, pad=0.01)
+    bar = box.colorbar(image, ax=list(axes), label=panel.unit, pad=0.01)
+    if panel.chance is not None:
+        bar.ax.axhline(panel.chance, color='black', linewidth=1.5)
+        bar.ax.annotate('chance', (0, panel.chance), (-2, 0), textcoords='offset points',
+                        ha='right', va='center', fontsize=7, annotation_clip=False)
 
 
-def draw_tokens_grid(ax, values, texts, rows, columns, colors='viridis', low=0.0, high=1.0):
+def draw_tokens_grid(ax, values, texts, rows, columns, colors='Blues', low=0.0, high=1.0):
     """Draw values (rows, columns) with a token's text in each cell. rows and columns are their
     names. nan is left grey."""
     image = ax.imshow(values, vmin=low, vmax=high, cmap=colors, aspect='auto',
@@ -114,6 +128,11 @@ def is_dark(image, value):
     """Whether white text can be read on the colour that an image gives a value."""
     red, green, blue, alpha = image.cmap(image.norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
     return 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+
+
+def layer_colours(n_layer):
+    """A colour for each layer, from dark to light: in grey too they are in order."""
+    return colormaps['viridis'](np.linspace(0, 0.85, n_layer))
 
 
 def symmetric(maps, at_least=1e-12):

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from configurator import UserError, check_least, configure
 
@@ -41,6 +42,7 @@ class AnalysisConfig:
     out_dir: str = ''  # where picture and numbers go; '': out_analysis/ and the name of the model
     seed: int = 1337  # of all that is drawn at random
     device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+    format: Literal['png', 'pdf'] = 'png'  # of pictures; 'pdf': a .pdf for a paper beside each .png
 
     least = {}  # of an analysis's own keys: the least values that are allowed
 
@@ -211,7 +213,7 @@ def settings(module, config, source):
     """The Config of one analysis of several, about the model at source. What the settings config
     of all have no key for is at its default."""
     known = {f.name for f in dataclasses.fields(module.Config)}
-    shared = [key for key in ('out_dir', 'seed', 'device', 'text', 'other', 'prompt')
+    shared = [key for key in ('out_dir', 'seed', 'device', 'format', 'text', 'other', 'prompt')
               if key in known and hasattr(config, key)]
     given = {key: getattr(config, key) for key in shared}
     if 'clean' in known:  # the prompt of patching
@@ -231,7 +233,8 @@ def main(name, Config, analyse, table, plot, plot_prompt=None):
     if plot_prompt and (figure := plot_prompt(subject.label, result)):
         figures[f'{name}_prompt'] = figure
     save(name, result, figures, config, out_dir)
-    pictures = ', '.join(f'{picture}.png' for picture in figures)
+    pictures = ', '.join(f'{picture}.{ending}' for picture in figures
+                         for ending in dict.fromkeys(['png', config.format]))
     print(f'saved {pictures} and {name}.json in {out_dir}')
 
 
@@ -261,18 +264,20 @@ def make_folder(out_dir):
 def save(name, result, figures, config, out_dir):
     """Write the figures, a dictionary by name, and the numbers of result, a dataclass or a
     dictionary, with the settings that led to them. Raises UserError."""
-    save_figures(figures, out_dir)
+    save_figures(figures, out_dir, config.format)
     with writing_to(out_dir):
         numbers = {'settings': dataclasses.asdict(config), **as_json(result)}
         text = json.dumps(numbers, allow_nan=False)
         (out_dir / f'{name}.json').write_text(text + '\n')
 
 
-def save_figures(figures, out_dir):
-    """Write the figures, a dictionary by name. Raises UserError."""
+def save_figures(figures, out_dir, format='png'):
+    """Write the figures, a dictionary by name, as .png and, if that is the format, as .pdf too.
+    Raises UserError."""
     with writing_to(out_dir):
         for name, figure in figures.items():
-            figure.savefig(out_dir / f'{name}.png', dpi=110)
+            for ending in dict.fromkeys(['png', format]):
+                figure.savefig(out_dir / f'{name}.{ending}')
 
 
 def as_json(value):

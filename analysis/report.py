@@ -21,13 +21,12 @@ from urllib.parse import quote
 
 from configurator import UserError, run
 
-from matplotlib.figure import Figure
-
 import visualize_residual_space_gpt2 as residual_space
 from analysis import page, program
 from generate import sample_text
 from models import cached_numbers, describe
 from runtime.checkpoint import read_checkpoint
+from runtime.figures import Figure
 from runtime.loading import find_checkpoint, is_hugging_face
 from runtime.progress import progress_bar
 
@@ -253,7 +252,7 @@ def draw_curves(report, metrics):
 
 
 def add_figure(report, name, title, figure):
-    program.save_figures({name: figure}, report.out_dir)
+    program.save_figures({name: figure}, report.out_dir, report.config.format)
     report.body += [f'<h2 id="{name}">{title}</h2>',
                     page.picture(title, report.out_dir / f'{name}.png')]
 
@@ -270,7 +269,7 @@ def add_residual_space(report):
         result = residual_space.analyse_ids(subject, ids, config)
         name = f'residual_space_{len(made) + 1}'
         figure = residual_space.draw_trajectories(label, result)
-        program.save_figures({name: figure}, report.out_dir)
+        program.save_figures({name: figure}, report.out_dir, report.config.format)
         made.append(page.picture(f'residual stream of {label}', report.out_dir / f'{name}.png'))
     if made:
         report.body += ['<h2 id="residual_stream">residual stream</h2>',

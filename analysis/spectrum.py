@@ -43,7 +43,6 @@ from configurator import UserError, run
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from analysis.circuits import (
     centred,
@@ -52,13 +51,15 @@ from analysis.circuits import (
     part_of_scores,
     product_singular_values,
 )
-from analysis.plots import with_notes
+from analysis.plots import layer_colours, set_title, with_notes
 from analysis.program import AnalysisConfig, main
 from analysis.record import record
+from runtime.figures import Figure
 from runtime.progress import progress_bar
 
 TRACY_WIDOM = 3.27  # 99.9 % of noise's largest eigenvalues are below it, in Tracy-Widom's unit
 PRODUCTS = {'QK': 'W_Q W_K^T', 'OV': 'W_V W_O'}
+ROUNDING = 1e-6  # smaller shares of the largest singular value are not drawn
 WRITTEN = {'QK': 'scores q k^T', 'OV': 'written v W_O'}
 
 
@@ -260,15 +261,15 @@ def table(result):
 
 
 def plot(results):
-    """Singular values over the largest one, a line for each head, and effective ranks with
-    outliers."""
+    """Singular values over the largest one: for each layer the median over its heads, from their
+    least to their most. With effective ranks and outliers."""
     rows = [('weights', 'QK'), ('weights', 'OV')]
     if all(result.activations for result in results.values()):
         rows += [('activations', 'QK'), ('activations', 'OV')]
     size = 5.5 * len(results) + 0.5, 2.6 * len(rows) + 0.6
     figure = Figure(figsize=size, layout='constrained')
-    title = 'How much rank is used: singular values of every head'
-    figure.suptitle(with_notes(title, results), fontsize=12)
+    title = 'How much rank is used: singular values, median and range over the heads of a layer'
+    set_title(figure, with_notes(title, results))
     axes = figure.subplots(len(rows), len(results), squeeze=False, sharex=True, sharey='row')
     for row, (where, product) in zip(axes, rows):
         for ax, (name, result) in zip(row, results.items()):
@@ -285,17 +286,20 @@ def plot(results):
             draw_spectra(ax, found)
     for ax in axes[-1]:
         ax.set_xlabel('number of the singular value')
-    axes[0, 0].legend(fontsize=7, ncols=2)
+    axes[0, 0].legend(ncols=2)
     return figure
 
 
 def draw_spectra(ax, found):
-    n_layer, n_head, r = found.singular_values.shape
-    for layer, head in np.ndindex(n_layer, n_head):
-        values = found.singular_values[layer, head]
-        shares = np.maximum(values / max(values[0], 1e-300), 1e-6)
-        ax.semilogy(np.arange(1, r + 1), shares, color=f'C{layer % 10}', linewidth=0.8, alpha=0.7,
-                    label=f'layer {layer}' if head == 0 else None)
+    n_layer, _, r = found.singular_values.shape
+    shares = found.singular_values / found.singular_values[..., :1].clip(1e-300)
+    shares[shares < ROUNDING] = np.nan  # no number, and none that could be drawn
+    places = np.arange(1, r + 1)
+    for layer, colour in enumerate(layer_colours(n_layer)):
+        known = np.isfinite(shares[layer]).all(0)
+        x, values = places[known], shares[layer][:, known]
+        ax.semilogy(x, np.median(values, axis=0), color=colour, label=f'layer {layer}')
+        ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
     ax.set_ylabel('singular value / largest')
 
 

@@ -31,7 +31,7 @@ from analysis.circuits import (
     orthonormal,
     part_of_scores,
 )
-from analysis.plots import Panel, draw_panels, field_maps, with_notes
+from analysis.plots import Panel, draw_panels, with_notes
 from analysis.program import AnalysisConfig as Config
 from analysis.program import main
 from runtime.progress import progress_bar
@@ -54,6 +54,7 @@ class Subspaces:
     latent_rank: list  # dimensions that the keys and values of each layer read together
     latent_overlap: np.ndarray  # (n_layer, n_layer) of those spaces
     latent_chance: np.ndarray  # (n_layer, n_layer) of random spaces of their sizes
+    n_dimensions: int  # of the residual stream, without its mean
     chance_in_latent: float  # overlap of two heads' keys or values, random within a layer's latent
     note: str = ''  # which part of the scores the keys are about
 
@@ -135,6 +136,7 @@ def analyse(subject, config):
         note=part_of_scores(subject.model),
         latent_overlap=overlaps_of_latents(latents),
         latent_chance=np.maximum.outer(ranks, ranks) / n_dimensions,
+        n_dimensions=n_dimensions,
         chance_in_latent=float(chance_in_latent))
     for first, second in progress_bar(PAIRS, 'subspaces'):
         overlap, angles, chance = compare_spaces(bases[first], bases[second], n_dimensions)
@@ -180,20 +182,40 @@ def overlap_maps(results, first, second):
     return maps
 
 
+def means_map(result):
+    """The mean overlap of each pair of spaces: within a layer, across layers, and by chance."""
+    return np.array([[result.within[pair], result.across[pair], result.chance[pair]]
+                     for pair in result.overlap])
+
+
+def has_latent(result):
+    """Whether keys and values of a layer read less than all there is."""
+    return min(result.latent_rank) < max(result.n_dimensions, 1)
+
+
 def plot(results):
+    """The means of all pairs, and maps of those in which heads differ: keys and values. The maps of
+    what heads write are near chance and the numbers say so."""
     names = {name: (result.names, result.names) for name, result in results.items()}
-    chance = '; '.join(f'{name} {np.mean(list(result.chance.values())):.2f}, in a latent '
-                       f'{result.chance_in_latent:.2f}' for name, result in results.items())
-    shown = {pair: overlap_maps(results, *pair) for pair in PAIRS}
-    high = max(values[np.isfinite(values)].max(initial=0)
-               for maps in shown.values() for values in maps.values())
-    sides = {'output': 'writes', 'key': 'reads keys', 'value': 'reads values'}
-    panels = [Panel(f'{first} and {second} spaces', maps, 'mean squared cosine', 0, high,
-                    rows=f'head that {sides[first]}', columns=f'head that {sides[second]}',
-                    numbers=False, names=names) for (first, second), maps in shown.items()]
-    panels.append(Panel('latent spaces of two layers', field_maps(results, 'latent_overlap'),
-                        'mean squared cosine', 0, 1, rows='layer', columns='layer'))
-    title = f'Overlap of the spaces that heads write to and read from (random spaces: {chance})'
+    labels = {name: ([f'{first} and {second}' for first, second in PAIRS],
+                     ['same layer', 'other layers', 'chance']) for name in results}
+    panels = [Panel('mean overlap of two spaces',
+                    {name: means_map(result) for name, result in results.items()},
+                    'mean squared cosine', 0, 1, rows='', columns='', names=labels)]
+    for kind in ('key', 'value'):
+        panels.append(Panel(f'{kind} spaces of two heads', overlap_maps(results, kind, kind),
+                            'mean squared cosine', 0, 1, rows='head', columns='head',
+                            numbers=False, names=names))
+    latents = {name: result.latent_overlap for name, result in results.items()
+               if has_latent(result)}
+    if latents:
+        panels.append(Panel('latent spaces of two layers', latents, 'mean squared cosine', 0, 1,
+                            rows='layer', columns='layer'))
+    chance = '; '.join(f'{name}, {result.chance_in_latent:.2f}' for name, result in results.items()
+                       if has_latent(result))
+    title = 'Overlap of the spaces that heads write to and read from'
+    if chance:
+        title += f' (random keys or values in a latent: {chance})'
     return draw_panels(with_notes(title, results), panels)
 
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from analysis.plots import is_dark, token_labels
 from analysis.program import AnalysisConfig, load_subject, main, name_pair, same_tokens
 from analysis.record import final_stream, record
 from evaluate import stream_losses
+from runtime.figures import Figure
 from runtime.progress import progress_bar
 
 COLUMNS, LINES = 64, 16  # of the picture
@@ -154,7 +154,7 @@ def draw_text(ax, tokens, values, colours):
 def plot(results):
     (result,) = results.values()
     tokens = [text for row in result.tokens for text in row]
-    kinds = [(name, losses.ravel(), ScalarMappable(Normalize(0, result.guess), 'Oranges'))
+    kinds = [(name, losses.ravel(), ScalarMappable(Normalize(0, result.guess), 'Blues'))
              for name, losses in zip(result.models, result.losses)]
     units = ['loss, nats; the scale ends at a guess'] * len(kinds)
     if len(kinds) == 2:

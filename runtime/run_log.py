@@ -354,7 +354,7 @@ def plot_losses(ax, metrics, label, color):
 
 def draw_loss(metrics, label, path):
     """Draw loss.png. Raises OSError where it cannot be written."""
-    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+    from runtime.figures import Figure
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     ax = figure.subplots()
     plot_losses(ax, metrics, label, 'C0')

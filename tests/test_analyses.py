@@ -92,6 +92,16 @@ def test_two_copies_that_do_not_fit_are_shortened_and_too_short_a_context_is_an_
         induction_heads.analyse(subject(tiny_model(GPT, block_size=3)), induction_heads.Config())
 
 
+def test_even_attention_scores_at_chance():
+    model = random_model(GPT)
+    for block in model.transformer.h:
+        block.attn.c_attn.weight.data[:32] = 0  # queries and keys
+        block.attn.c_attn.bias.data[:32] = 0
+    result = induction_heads.analyse(subject(model), induction_heads.Config())
+    assert result.scores == pytest.approx(np.full((2, 2), result.chance))
+    assert result.shifted == pytest.approx(np.full(result.shifted.shape, result.chance_shifted))
+
+
 def test_names_of_heads():
     assert read_heads('heads', '0.1, 1.0', tiny_model(GPT).config) == [(0, 1), (1, 0)]
     for wrong in ('2.0', '0.2', '1', 'x.y', '', '-1.0', '²2.0'):

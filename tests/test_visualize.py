@@ -15,12 +15,14 @@ from analysis.record import residual_streams
 from model import GPT
 from model_mla import GPT_MLA
 from runtime.checkpoint import save_checkpoint
+from runtime.figures import Figure
 from runtime.tokenizer import make_tokenizer
 
 
 def analysed(model, **settings):
     """The ResidualSpace of a model and the prompt abcdef."""
-    return visualize.analyse(subject(model), visualize.ResidualConfig(prompt='abcdef', **settings))
+    config = visualize.ResidualConfig(**{'prompt': 'abcdef'} | settings)
+    return visualize.analyse(subject(model), config)
 
 
 def streams_of(model, text):
@@ -105,17 +107,60 @@ def test_what_the_pictures_say():
     result = analysed(random_model(GPT), repeat=2, basis='per_layer', drop_first=True)
     grid = visualize.draw_grid('a/model', result)
     titles = [ax.get_title() for ax in grid.axes if ax.get_title()]
-    assert titles == ['embedding', 'after block 0', 'after block 1']
+    names = ['embedding', 'after block 0', 'after block 1']
+    assert titles == [f'{name}: {part:.0%} of its variance'
+                      for name, part in zip(names, result.within)]
+    assert result.within == pytest.approx(result.explained.sum(1))
     for ax, (share, _) in zip(grid.axes, result.explained):
-        assert f'PC 1 ({share:.0%} of variance)' == ax.get_xlabel()
+        assert f"PC 1 ({share:.0%} of this layer's variance)" == ax.get_xlabel()
     assert 'first position left out' in grid.get_suptitle()
     assert 'a basis for each layer' in grid.get_suptitle()
     legend = grid.axes[0].get_legend().get_texts()
     assert [text.get_text() for text in legend] == ['copy 1', 'copy 2']
-    ax = visualize.draw_trajectories('a/model', result).axes[0]
-    assert [text.get_text() for text in ax.texts] == list('bcdefabcdef')
+    result = analysed(random_model(GPT), repeat=2, drop_first=True)
+    ax, centre, *_ = visualize.draw_trajectories('a/model', result).axes
+    assert f'PC 1 ({result.explained[0, 0]:.0%} of all variance)' == ax.get_xlabel()
+    assert ax.get_xlim()[0] <= centre.get_xlim()[0] < centre.get_xlim()[1] <= ax.get_xlim()[1]
     paths = [line.get_xydata() for line in ax.get_lines() if len(line.get_xydata()) == 3]
     assert np.stack(paths) == pytest.approx(result.coordinates.transpose(1, 0, 2))
+
+
+def test_no_label_lies_on_another():
+    result = analysed(random_model(GPT, block_size=64), prompt='abcdefghijklabcdefghijkl' * 2)
+    figure = visualize.draw_trajectories('a/model', result)
+    figure.draw_without_rendering()
+    for ax in figure.axes[:2]:
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert len(boxes) > 5
+        assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    few = analysed(random_model(GPT), prompt='abc')
+    points = few.coordinates[-1] * 100
+    ax = Figure(figsize=(6, 6)).subplots()
+    visualize.fit_axes(ax, points)
+    visualize.write_labels(ax, points, few)
+    assert [text.get_text() for text in ax.texts] == list('abc')
+
+
+def test_the_share_of_each_layers_variance_that_is_shown():
+    result = analysed(random_model(GPT), drop_first=True)
+    streams = streams_of(random_model(GPT), 'abcdef')[:, 1:]
+    streams = streams - streams.mean(-1, keepdims=True)
+    for points, X, share in zip(result.coordinates, streams, result.within):
+        def total(Y):
+            return ((Y - Y.mean(0)) ** 2).sum()
+        assert share == pytest.approx(total(points) / total(X), rel=1e-4)
+
+
+def test_bases_that_differ_are_not_joined_and_a_paper_gets_its_pdf(program, tmp_path):
+    path, out = tmp_path / 'ckpt.pt', tmp_path / 'space'
+    save_checkpoint(path, random_model(GPT), make_tokenizer(CHARS), {}, 0)
+    code, stdout, stderr = program(visualize.main, path, f'--out_dir={out}', '--prompt=abcd',
+                                   '--basis=per_layer', '--format=pdf')
+    assert code == 0, stderr
+    assert sorted(p.name for p in out.iterdir()) == [
+        'residual_space.json', 'residual_space.pdf', 'residual_space.png']
+    assert (out / 'residual_space.pdf').read_bytes()[:4] == b'%PDF'
+    assert 'residual_space.png, residual_space.pdf, residual_space.json' in stdout
 
 
 def test_program(program, tmp_path):
