@@ -79,6 +79,13 @@ def export(source, folder):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f'{folder} is there already and not empty: give a new folder')
     trained = load_model(source)
+    write(trained, folder)
+    return trained
+
+
+def write(trained, folder):
+    """Write the model of a Trained to a folder that is not there, or empty. Raises UserError."""
+    folder = Path(folder)
     model, block_size = trained.model, trained.model.config.block_size
     try:
         form_of(model.config)
@@ -110,7 +117,6 @@ def export(source, folder):
     finally:
         if partial:
             shutil.rmtree(partial, ignore_errors=True)
-    return trained
 
 
 def read_arguments(argv):

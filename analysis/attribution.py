@@ -26,7 +26,7 @@ from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import Taps, record
 
 # activations that are sums of what parts write, or come after the last of them
-SUMS = ('resid_pre', 'attn.result', 'attn_out', 'resid_mid', 'resid_post', 'ln_final.normalized',
+SUMS = ('resid_pre', 'attn.result', 'attn_out', 'resid_mid', 'resid_post', 'ln_final.out',
         'logits')
 
 

@@ -29,7 +29,7 @@ from analysis.record import Taps, record
 SAME_AS = {'.attn.latent': '.attn.kv_latent', '.attn.scores': '.attn.attn_scores',
            '.attn.out': '.attn_out', '.mlp.out': '.mlp_out'}
 OVER_PAIRS = ('attn_scores', 'pattern')  # activations of pairs of positions
-LAST = ('ln_final.normalized', 'logits')  # what comes behind the last block
+LAST = ('ln_final.out', 'logits')  # what comes behind the last block
 
 
 class Place(NamedTuple):
@@ -90,7 +90,7 @@ def activation_shapes(model):
 @torch.no_grad()
 def predict(model, x, taps):
     """The logits (B, T, vocab_size) of the last residual stream x (B, T, n_embd)."""
-    return taps('logits', model.lm_head(taps('ln_final.normalized', model.transformer.ln_f(x))))
+    return taps('logits', model.lm_head(taps('ln_final.out', model.transformer.ln_f(x))))
 
 
 @dataclass

@@ -8,7 +8,7 @@ attention itself taps what is its own (q, k, v, the latents), so nothing here as
 has.
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -76,29 +76,35 @@ def record(model, idx, taps=None):
 
 
 @contextmanager
-def tapped(module, name, taps, reads=False):
-    """Tap what a module returns or, with reads, what it reads, as long as this is open."""
-    if reads:
-        hook = module.register_forward_pre_hook(lambda _, read: (taps(name, *read),))
-    else:
-        # positions have no batch
-        hook = module.register_forward_hook(
-            lambda _, read, value: taps(name, value.view(-1, *value.shape[-2:])))
+def tapped(taps, parts):
+    """As long as this is open, tap what modules read or return. parts are (module, name, reads).
+    Nothing is hooked that taps do not ask for."""
+    hooks = []
+    for module, name, reads in parts:
+        if taps.ask_for(name):
+            hooks.append(module.register_forward_pre_hook(partial(tap_read, taps, name)) if reads
+                         else module.register_forward_hook(partial(tap_returned, taps, name)))
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def tap_read(taps, name, module, read):
+    return (taps(name, *read),)
+
+
+def tap_returned(taps, name, module, read, value):
+    return taps(name, value.view(-1, *value.shape[-2:]))  # positions have no batch
 
 
 def embed(model, idx, taps):
     """The residual stream before the first block. Its parts have names too."""
-    parts = [(model.transformer.wte, 'embed')]
+    parts = [(model.transformer.wte, 'embed', False)]
     if 'wpe' in model.transformer:
-        parts.append((model.transformer.wpe, 'pos_embed'))
-    with ExitStack() as stack:
-        for module, name in parts:
-            if taps.ask_for(name):
-                stack.enter_context(tapped(module, name, taps))
+        parts.append((model.transformer.wpe, 'pos_embed', False))
+    with tapped(taps, parts):
         return model.embed(idx)
 
 
@@ -118,7 +124,7 @@ def run_block(model, number, x, taps=None, reads=None):
     block, name, taps = model.transformer.h[number], f'blocks.{number}.', taps or Taps()
     tap, tap_attn = taps.under(name), taps.under(f'{name}attn.')
     x = tap('resid_pre', x)
-    q, k, v = block.attn.heads(read := tap('ln1.normalized', block.ln_1(x)), tap=tap_attn)
+    q, k, v = block.attn.heads(read := tap('ln1.out', block.ln_1(x)), tap=tap_attn)
     if reads is not None:
         _, content, v = block.attn.heads(reads(read))
         width = v.size(-1)  # of the content part of a key
@@ -150,11 +156,14 @@ def mlp_out(block, x, taps, name):
     """What the MLP of the block writes (B, T, n_embd): zeros where there is none."""
     if not block.mlp:
         return torch.zeros_like(x)
-    read = taps(f'{name}ln2.normalized', block.ln_2(x))
-    if not taps.ask_for(f'{name}mlp.post'):
-        return block.mlp(read)
-    with tapped(block.mlp.c_proj, f'{name}mlp.post', taps, reads=True):
-        return block.mlp(read)
+    read, mlp = taps(f'{name}ln2.out', block.ln_2(x)), block.mlp
+    parts = [(mlp.c_proj, 'mlp.post', True)]
+    if mlp.is_gated:
+        parts += [(mlp.c_gate, 'mlp.pre', False), (mlp.c_fc, 'mlp.pre_linear', False)]
+    else:
+        parts.append((mlp.c_fc, 'mlp.pre', False))
+    with tapped(taps, ((module, name + short, reads) for module, short, reads in parts)):
+        return mlp(read)
 
 
 def edit_head(layer, head, change):

@@ -59,11 +59,15 @@ def by_hand(s, layer):
     block, c = s.model.transformer.h[layer], s.model.config
     attn = block.attn
     found = {'resid_pre': [hook(block, scale, reads=True)], 'resid_post': [hook(block, scale)],
-             'ln1.normalized': [hook(block.ln_1, scale)], 'attn_out': [hook(attn, scale)],
+             'ln1.out': [hook(block.ln_1, scale)], 'attn_out': [hook(attn, scale)],
              'attn.z': [hook(attn.c_proj, scale, reads=True)]}
     if block.mlp:
-        found |= {'ln2.normalized': [hook(block.ln_2, scale)], 'mlp_out': [hook(block.mlp, scale)],
+        found |= {'ln2.out': [hook(block.ln_2, scale)], 'mlp_out': [hook(block.mlp, scale)],
                   'mlp.post': [hook(block.mlp.c_proj, scale, reads=True)]}
+        gate = block.mlp.c_gate if block.mlp.is_gated else block.mlp.c_fc
+        found['mlp.pre'] = [hook(gate, scale)]
+        if block.mlp.is_gated:
+            found['mlp.pre_linear'] = [hook(block.mlp.c_fc, scale)]
     if isinstance(s.model, GPT_MLA):
         found |= {'attn.v': [hook(attn.value, scale)],
                   'attn.latent': [hook(attn.key, scale, True), hook(attn.value, scale, True)]}
