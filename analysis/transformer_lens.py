@@ -21,8 +21,8 @@ from export_huggingface import write
 
 def to_transformer_lens(subject):
     """The TransformerBridge that computes what the trunk of a Subject does. Where no tokenizer of
-    transformers says what the ids mean, its text is the ids as numbers, such as '5 12 7', to be read
-    with prepend_bos=False. Raises UserError where transformers has no class for the model, or
+    transformers says what the ids mean, its text is the ids as numbers, such as '5 12 7', to be
+    read with prepend_bos=False. Raises UserError where transformers has no class for the model, or
     transformer_lens is missing."""
     try:
         from transformer_lens.model_bridge import TransformerBridge

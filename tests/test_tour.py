@@ -1,4 +1,4 @@
-"""docs/tour.ipynb runs from its first cell to its last, and docs/notebook.md's table is complete."""
+"""docs/tour.ipynb runs from its first cell to its last. docs/notebook.md's table is complete."""
 
 import json
 import os
