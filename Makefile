@@ -40,9 +40,22 @@ assets: .venv/installed data/shakespeare_char/meta.pkl
 	test -f out_family/comparison.png || $(RUN) test_shakespeare_quick.py --out_dir=out_family \
 		--models=mha,gqa,mla,mla_decoupled,mha_rotary,gqa_rotary,mla_rotary
 	cp out_family/comparison.png assets/family.png
-	$(RUN) -m analysis.report $(QUICK)/ckpt.pt $(QUICK)/ckpt_mla.pt
-	for name in attention_patterns copying composition subspaces latent_directions spectrum ablation similarity; do \
+	$(RUN) -m analysis.report $(QUICK)/ckpt.pt $(QUICK)/ckpt_mla.pt --prompt="To be, or not to be"
+	for name in attention_patterns logit_lens attribution patching token_loss copying composition subspaces \
+		latent_directions spectrum ablation similarity; do \
 		cp out_report/$(QUICK)/ckpt.pt-vs-ckpt_mla.pt/$$name.png assets/report_$$name.png || exit 1; done
+	if command -v chromium; then chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1500 \
+		--user-data-dir=$$(mktemp -d) --screenshot=assets/report.png \
+		"file://$(CURDIR)/out_report/$(QUICK)/ckpt.pt-vs-ckpt_mla.pt/report.html#attention_patterns"; fi
+	test -f data/induction/train.bin || $(RUN) data/induction/prepare.py
+	test -f out_induction/ckpt.pt || $(RUN) train.py config/train_induction.py
+	test -f out_induction/ckpt_mla.pt || $(RUN) train_mla.py config/train_induction.py
+	$(RUN) -m analysis.report out_induction/ckpt.pt out_induction/ckpt_mla.pt
+	for name in induction_heads induction_circuit induction_in_text; do \
+		cp out_report/out_induction/ckpt.pt-vs-ckpt_mla.pt/$$name.png assets/$$name.png || exit 1; done
+	for name in development latent_surgery; do \
+		$(RUN) -m analysis.$$name out_induction/ckpt.pt --out_dir=out_induction/analysis && \
+		cp out_induction/analysis/$$name.png assets/$$name.png || exit 1; done
 	$(RUN) visualize_residual_space_gpt2.py $(QUICK)/ckpt_mla.pt \
 		--prompt="To be, or not to be, that is the question" --out_dir=out_residual_space
 	cp out_residual_space/residual_trajectories.png assets/mlapca.png

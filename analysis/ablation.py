@@ -233,12 +233,15 @@ def table(result):
 
     def cell(value, form):
         return form.format(value) if np.isfinite(value) else '-'
+
+    def with_error(value, error):
+        return f'{value:+.3f} +- {cell(error, "{:.3f}")}' if np.isfinite(value) else '-'
     for place in top_heads(np.nan_to_num(result.mean_loss, nan=-np.inf), result.top):
         if not np.isfinite(result.mean_loss[place]):
             continue
         losses = [cell(getattr(result, f'{method}_loss')[place], '{:+.4f}') for method in METHODS]
-        changes = [cell(getattr(result, f'{method}_in_context')[place], '{:+.3f}') + ' +- '
-                   + cell(getattr(result, f'{method}_in_context_error')[place], '{:.3f}')
+        changes = [with_error(getattr(result, f'{method}_in_context')[place],
+                              getattr(result, f'{method}_in_context_error')[place])
                    for method in ('zero', 'mean')]
         lines.append(f'{names[place[0]][place[1]]:>10}{losses[0]:>13}{losses[1]:>10}'
                      f'{losses[2]:>11}{changes[0]:>21}{changes[1]:>18}')
