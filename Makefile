@@ -44,9 +44,6 @@ assets: .venv/installed data/shakespeare_char/meta.pkl
 	for name in attention_patterns logit_lens attribution patching token_loss copying composition subspaces \
 		latent_directions spectrum ablation similarity; do \
 		cp out_report/$(QUICK)/ckpt.pt-vs-ckpt_mla.pt/$$name.png assets/report_$$name.png || exit 1; done
-	if command -v chromium; then chromium --headless --no-sandbox --hide-scrollbars --window-size=1200,1500 \
-		--user-data-dir=$$(mktemp -d) --screenshot=assets/report.png \
-		"file://$(CURDIR)/out_report/$(QUICK)/ckpt.pt-vs-ckpt_mla.pt/report.html#attention_patterns"; fi
 	test -f data/induction/train.bin || $(RUN) data/induction/prepare.py
 	test -f out_induction/ckpt.pt || $(RUN) train.py config/train_induction.py
 	test -f out_induction/ckpt_mla.pt || $(RUN) train_mla.py config/train_induction.py

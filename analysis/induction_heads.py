@@ -172,7 +172,7 @@ def table(result):
         layer, head = top_heads(result.scores, 1)[0]
         return (f'no head scores above {result.threshold:g}; the highest is '
                 f'{result.scores[layer, head]:.3f} (head {layer}.{head}), '
-                f'2 x {result.length} tokens; even attention scores {result.chance:.3f}')
+                f'2 x {result.length} tokens\neven attention scores {result.chance:.3f}')
     lines = [f'{"head":>6}{"prefix matching":>18}{"spread":>9}{"best shift":>13}{"score":>9}      '
              f'above {result.threshold:g}']
     for layer, head in above:

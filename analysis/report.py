@@ -180,6 +180,10 @@ def add_part(name, report):
     report.body += [drawn, image, page.pair(tables)]
 
 
+def title_of(report):
+    return f'{" and ".join(report.subjects)} taken apart'
+
+
 def checkpoint_of(subject):
     """The checkpoint of a subject, {} where it is none."""
     if is_hugging_face(subject.source):
@@ -225,7 +229,7 @@ def add_summary(report):
     rows.append(['tokens', *(s.tokenizer.name for s in subjects)])
     rows.append(['written', *(written_at(s.source) for s in subjects)])
     rows.append(['from', *(s.source for s in subjects)])
-    report.body += ['<h1>MHA and MLA taken apart</h1>', page.table(rows, 'summary')]
+    report.body += [f'<h1>{html.escape(title_of(report))}</h1>', page.table(rows, 'summary')]
     differing = unlike(subjects)
     if differing:
         report.body.append('<p class="warning"><b>Not trained alike, or not known to be:</b> '
@@ -352,7 +356,7 @@ def main():
     links = navigation(report.body)
     body = '\n'.join(links if part == 'NAVIGATION' else part for part in report.body)
     with program.writing_to(out_dir):
-        text = page.page('MHA and MLA taken apart', body, report.data)
+        text = page.page(title_of(report), body, report.data)
         (out_dir / 'report.html').write_text(text, encoding='utf-8')
     print(f'saved {out_dir / "report.html"}')
 

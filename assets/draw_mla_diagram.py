@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-
-from runtime.figures import Figure
 
 GREY, BLUE, ORANGE, GREEN = '#eeeeee', '#cfe2f3', '#f9cb9c', '#d9ead3'
 

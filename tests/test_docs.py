@@ -75,6 +75,9 @@ NOT_RUN = {  # commands that the test of a page does not run, and why
     'python study_check.py out_study': 'needs a study; ' + TESTED + 'tests/test_study.py',
     'python -m analysis.development out_induction/ckpt.pt': 'needs a long run; ' + TESTED +
         'tests/test_circuits_that_copy.py',
+    'python -m analysis.development out_induction/ckpt.pt --scores=induction_heads.scores,'
+    'attention_patterns.previous,copying.top5.mean': 'needs a long run; ' + TESTED +
+        'tests/test_circuits_that_copy.py',
     'python -m analysis.latent_surgery out_induction/ckpt.pt': 'needs a long run; ' + TESTED +
         'tests/test_circuits_that_copy.py',
     'python bench.py race --against=../nanoGPT': NANOGPT,

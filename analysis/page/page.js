@@ -13,6 +13,9 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+const STYLE = getComputedStyle(document.documentElement);
+const INK = STYLE.getPropertyValue('--minus').trim().split(' ').map(Number);
+
 // colours over the page's own background: so they serve light and dark
 function shade(value, end, isSigned) {
   if (value === null) return '';
@@ -138,7 +141,7 @@ function attention(box, data) {
     const context = canvas.getContext('2d');
     const pixels = context.createImageData(pattern.length, pattern.length);
     pattern.forEach((row, i) => row.forEach((value, j) => {
-      pixels.data.set([0, 114, 178, 255 * Math.sqrt(value / 1000)], 4 * (i * pattern.length + j));
+      pixels.data.set([...INK, 255 * Math.sqrt(value / 1000)], 4 * (i * pattern.length + j));
     }));
     context.putImageData(pixels, 0, 0);
     const button = element('button', {type: 'button', title: `head ${l}.${h}`}, canvas, `${l}.${h}`);
