@@ -116,13 +116,15 @@ def attribute_run(run, token, against='', position=-1, sequence=0):
     answer = token_id('answer', token)
     direction = W_U[answer] - (W_U[:n_vocab].mean(0) if against == ''
                                else W_U[token_id('against', against)])
-    end = torch.tensor([position % T], device=run.idx.device)
-    parts = attribute(subject.model, run.idx[[sequence]], end, direction[None], run.edits)
+    end = torch.full((len(run.idx),), position % T, device=run.idx.device)
+    # of all sequences: edits are those of the whole run
+    parts = attribute(subject.model, run.idx, end, direction.expand(len(end), -1), run.edits)
     name = 'the mean' if against == '' else run.label(token_id('against', against))
     return Attribution(
-        run.labels(sequence), position % T, run.label(answer), name, parts.total.item(),
-        parts.heads[..., 0].cpu().numpy(), parts.mlps[:, 0].cpu().numpy(), parts.embedding.item(),
-        parts.positions.item(), parts.biases.item())
+        run.labels(sequence), position % T, run.label(answer), name,
+        parts.total[sequence].item(), parts.heads[..., sequence].cpu().numpy(),
+        parts.mlps[:, sequence].cpu().numpy(), parts.embedding[sequence].item(),
+        parts.positions[sequence].item(), parts.biases[sequence].item())
 
 
 def analyse(subject, config):

@@ -24,6 +24,7 @@ import torch
 
 from analysis.plots import draw_tokens_grid, set_title
 from analysis.program import AnalysisConfig, main
+from analysis.record import Taps, run_block
 from runtime.figures import Figure
 
 TOP = 5  # guesses that are kept of each place
@@ -77,9 +78,7 @@ def lens(run, sequence=0):
     names = ['blocks.0.resid_pre', *(f'blocks.{i}.resid_post' for i in range(n))]
     streams = run.read(names)
     stream = torch.stack([streams[name][sequence] for name in names])
-    eye = torch.eye(run.idx.size(1), dtype=stream.dtype, device=stream.device)
-    alone = torch.stack([write_alone(model, i, run[f'blocks.{i}.resid_pre'][[sequence]], eye)
-                         for i in range(n)])
+    alone = torch.stack([write_alone(run, i)[sequence] for i in range(n)])
     targets, known = run.idx[sequence, 1:], {}
 
     def labels(token):
@@ -95,12 +94,15 @@ def lens(run, sequence=0):
 
 
 @torch.no_grad()
-def write_alone(model, layer, x, eye):
-    """What the heads of a layer write (T, n_embd) where its stream x (1, T, n_embd) has each token
-    attend to itself alone."""
-    attn = model.transformer.h[layer].attn
-    v = attn.heads(model.transformer.h[layer].ln_1(x))[2]  # (1, n_head, T, head_dim)
-    return attn.c_proj((eye @ v).transpose(1, 2).flatten(2))[0]
+def write_alone(run, layer):
+    """What the heads of a layer write (B, T, n_embd) where each token attends to itself alone."""
+    x = run[f'blocks.{layer}.resid_pre']
+
+    def itself(pattern):
+        return torch.eye(pattern.size(-1)).to(pattern).expand_as(pattern)
+    edits = run.edits | {f'blocks.{layer}.attn.pattern': itself}
+    edits.pop(f'blocks.{layer}.resid_pre', None)  # it is made already
+    return run_block(run.subject.model, layer, x, Taps(edits)).attention_out
 
 
 def analyse(subject, config):

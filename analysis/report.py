@@ -10,11 +10,9 @@ out_report/out_shakespeare_quick/ckpt.pt-vs-ckpt_mla.pt.
 """
 
 import html
-import json
 import os
 import re
 from dataclasses import dataclass, field
-from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import quote
@@ -23,10 +21,9 @@ from configurator import UserError, run
 
 import visualize_residual_space_gpt2 as residual_space
 from analysis import page, program
+from analysis.page.summary import draw_curves, summary
 from generate import sample_text
-from models import cached_numbers, describe
-from runtime.checkpoint import read_checkpoint
-from runtime.figures import Figure
+from models import describe
 from runtime.loading import find_checkpoint, is_hugging_face
 from runtime.progress import progress_bar
 
@@ -73,14 +70,9 @@ PARTS = {
         'embedding (0) and each block, and of what their heads write: 1 is the same up to rotation '
         'and scale.',
 }
-# settings in which two models that are compared may differ: those of their attention, and of where
-# and how fast they ran
-MAY_DIFFER = {'n_kv_head', 'rotary', 'rotary_base', 'n_latent', 'n_rotary', 'latent_norm',
-              'latent_scale', 'n_query_latent', 'out_dir', 'device', 'dtype', 'compile', 'backend',
-              'log_interval', 'eval_interval', 'eval_iters', 'eval_only', 'always_save_checkpoint',
-              'keep_checkpoints', 'model_type', 'parallel', 'progress'}
 TOGETHER = ('similarity', 'token_loss')  # analyses of both models in one
 SAMPLE_TOKENS = 300
+NAVIGATION = '<!-- links -->'  # comes in its place when all parts are there
 
 
 @dataclass
@@ -111,9 +103,7 @@ def run_part(name, report):
     module, results, subjects = import_module(f'analysis.{name}'), {}, report.subjects
     jobs = {label: (module.analyse, subject) for label, subject in subjects.items()}
     if name in TOGETHER:
-        pair = list(subjects.values())
-        jobs = {' and '.join(subjects): (module.compare, *pair) if name == 'similarity' else
-                (lambda first, config: module.compare(pair, config), pair[0])}
+        jobs = {' and '.join(subjects): (module.compare, *subjects.values())}
     for label, (analyse, *models) in jobs.items():
         try:
             config = program.settings(module, report.config, models[0].source)
@@ -184,75 +174,13 @@ def title_of(report):
     return f'{" and ".join(report.subjects)} taken apart'
 
 
-def checkpoint_of(subject):
-    """The checkpoint of a subject, {} where it is none."""
-    if is_hugging_face(subject.source):
-        return {}
-    return read_checkpoint(find_checkpoint(subject.source), mmap=True)
-
-
-def written_at(source):
-    path = Path(source) if is_hugging_face(source) else find_checkpoint(source)
-    return datetime.fromtimestamp(path.stat().st_mtime).strftime('%Y-%m-%d') if path.exists() else (
-        'unknown')
-
-
-def unlike(subjects):
-    """How two Subjects were trained otherwise than each other, as lines. Their attentions may
-    differ."""
-    one, two = (subject.settings for subject in subjects)
-    missing = [subject.label for subject in subjects if not subject.settings]
-    if missing:
-        return [f'how {name} was trained is unknown' for name in missing]
-    keys = sorted((one.keys() & two.keys()) - MAY_DIFFER)
-    return [f'{key} is {one[key]!r} and {two[key]!r}' for key in keys if one[key] != two[key]]
-
-
 def add_summary(report):
-    """The title, a table of the two models, and a warning where they were not trained alike."""
-    subjects, rows = list(report.subjects.values()), []
-    checkpoints = [checkpoint_of(subject) for subject in subjects]
-    metrics = [[json.loads(line) for line in checkpoint.get('metrics', '').splitlines()]
-               for checkpoint in checkpoints]
-    rows.append(['', *report.subjects])
-    rows.append(['model', *(describe(subject.model) for subject in subjects)])
-    rows.append(['val loss, estimated in training, nats', *(
-        f'{float(c["best_val_loss"]):.4f}' if 'best_val_loss' in c else 'unknown'
-        for c in checkpoints)])
-    rows.append(['parameters', *(f'{s.model.get_num_params(non_embedding=False):,}'
-                                 for s in subjects)])
-    rows.append(['cache, bytes per token in float32', *(f'{4 * cached_numbers(s.model):,}'
-                                                        for s in subjects)])
-    rows.append(['iterations', *(f'{c["iter_num"]:,}' if 'iter_num' in c else 'unknown'
-                                 for c in checkpoints)])
-    rows.append(['data', *(s.dataset or 'unknown' for s in subjects)])
-    rows.append(['tokens', *(s.tokenizer.name for s in subjects)])
-    rows.append(['written', *(written_at(s.source) for s in subjects)])
-    rows.append(['from', *(s.source for s in subjects)])
-    report.body += [f'<h1>{html.escape(title_of(report))}</h1>', page.table(rows, 'summary')]
-    differing = unlike(subjects)
-    if differing:
-        report.body.append('<p class="warning"><b>Not trained alike, or not known to be:</b> '
-                           + html.escape('; '.join(differing)) + '. What differs below may come '
-                           'from that.</p>')
-    report.body.append('NAVIGATION')
-    if any(metrics):
-        add_figure(report, 'training', 'How they were trained', draw_curves(report, metrics))
-
-
-def draw_curves(report, metrics):
-    figure = Figure(figsize=(9, 4), layout='constrained')
-    ax = figure.subplots()
-    for number, (label, rows) in enumerate(zip(report.subjects, metrics)):
-        for key, style in (('train_loss', ':'), ('val_loss', '-')):
-            points = [(row['iter'], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                ax.plot(*zip(*points), style, color=f'C{number}',
-                        label=f'{label}, {key.replace("_", " ")}')
-    ax.set(xlabel='iteration', ylabel='loss, nats')
-    ax.grid(alpha=0.3)
-    ax.legend()
-    return figure
+    """The title, what is known of the two models, and how they were trained."""
+    report.body += [f'<h1>{html.escape(title_of(report))}</h1>', summary(report.subjects),
+                    NAVIGATION]
+    figure = draw_curves(report.subjects)
+    if figure:
+        add_figure(report, 'training', 'How they were trained', figure)
 
 
 def add_figure(report, name, title, figure):
@@ -354,7 +282,7 @@ def main():
                         + html.escape('; '.join(report.left_out)) + '</p>']
         print('left out: ' + '; '.join(report.left_out))
     links = navigation(report.body)
-    body = '\n'.join(links if part == 'NAVIGATION' else part for part in report.body)
+    body = '\n'.join(links if part == NAVIGATION else part for part in report.body)
     with program.writing_to(out_dir):
         text = page.page(title_of(report), body, report.data)
         (out_dir / 'report.html').write_text(text, encoding='utf-8')

@@ -60,11 +60,11 @@ def losses_of(subject, windows):
     return torch.cat(found).numpy()
 
 
-def compare(subjects, config):
-    """The TokenLoss of one or two Subjects. Raises UserError where they do not read the same
-    tokens."""
-    first = subjects[0]
-    for other in subjects[1:]:
+def compare(first, other, config):
+    """The TokenLoss of a Subject and another, which may be None. Raises UserError where they do not
+    read the same tokens."""
+    subjects = [first] if other is None else [first, other]
+    if other is not None:
         same_tokens('token_loss', first, other)
     T = min([config.max_tokens, *(s.model.config.block_size for s in subjects)])
     windows = first.windows(config.text, config.max_tokens, T)
@@ -75,11 +75,11 @@ def compare(subjects, config):
 
 
 def analyse(subject, config):
-    if not config.other:
-        return compare([subject], config)
-    pair = [subject, load_subject(config.other, subject.device, key='other')]
-    name_pair(*pair)
-    return compare(pair, config)
+    other = None
+    if config.other:
+        other = load_subject(config.other, subject.device, key='other')
+        name_pair(subject, other)
+    return compare(subject, other, config)
 
 
 def where(result, values):

@@ -64,6 +64,30 @@ def test_the_lens_of_a_latent_alone_is_attention_of_each_token_to_itself(name):
             assert found.alone.probability[layer, t] == pytest.approx(p[t, right].item(), abs=1e-6)
 
 
+def test_a_lens_and_an_attribution_of_one_sequence_of_a_run_with_edits():
+    """Edits are those of the whole run, also where they differ between its sequences."""
+    s = double('deepseek')
+    texts, z = [CLEAN, CORRUPTED], 'blocks.0.attn.z'
+    other = s.run(texts[::-1])[z]
+    both = s.run(texts, edit={z: other, 'blocks.1.resid_pre': lambda x: 2 * x})
+    for sequence, text in enumerate(texts):
+        edit = {z: other[[sequence]], 'blocks.1.resid_pre': lambda x: 2 * x}
+        alone = s.run(text, edit=edit)
+        mine, theirs = both.logit_lens(sequence), alone.logit_lens()
+        for one, two in ((mine.stream, theirs.stream), (mine.alone, theirs.alone)):
+            assert one.probability == pytest.approx(two.probability, nan_ok=True)
+        assert mine.tokens == theirs.tokens
+        one = s.run(texts, edit={z: other}).attribution('c', 'b', 3, sequence)
+        two = s.run(text, edit={z: other[[sequence]]}).attribution('c', 'b', 3)
+        assert one.heads == pytest.approx(two.heads) and one.difference == pytest.approx(
+            two.difference)
+    # what a latent alone says counts with the edits of its block
+    changed = s.run(CLEAN, edit={'blocks.1.attn.latent': lambda c: 0 * c}).logit_lens()
+    assert np.ptp(changed.alone.probability[1, :-1]) > 0
+    same = np.unique(np.round(changed.alone.guess_probability[1, :, 0], 9))
+    assert len(same) == 1  # all tokens write the same
+
+
 def test_a_lens_of_one_token_says_that_nothing_is_known():
     result = logit_lens.analyse(subject(random_model(GPT)), logit_lens.Config(prompt='a'))
     assert np.isnan(result.stream.rank).all() and 'stream' in logit_lens.table(result)
@@ -276,7 +300,7 @@ def test_token_losses_are_cross_entropies_of_both_models(data_dir):
     one = text_subject(random_model(GPT).double(), data_dir)
     two = text_subject(random_model(GPT_KAhead, seed=1, attention='mla').double(), data_dir)
     config = token_loss.Config(max_tokens=64)
-    result = token_loss.compare([one, two], config)
+    result = token_loss.compare(one, two, config)
     idx = torch.cat(one.windows('', 64, 16))
     assert result.losses.shape == (2, 4, 17) and np.isnan(result.losses[:, :, 0]).all()
     for losses, s in zip(result.losses, (one, two)):
@@ -292,10 +316,10 @@ def test_token_losses_are_cross_entropies_of_both_models(data_dir):
     assert f'{b - a:+.2f}' == first.split()[-1]
     assert '+- ' in lines[2] and 'unknown' not in lines[2]
     token_loss.plot({'both': result})
-    alone = token_loss.compare([one], token_loss.Config(max_tokens=16))
+    alone = token_loss.compare(one, None, token_loss.Config(max_tokens=16))
     assert 'hardest' in token_loss.table(alone)
     token_loss.plot({'one': alone})
-    one_window = token_loss.compare([one, two], token_loss.Config(max_tokens=16))
+    one_window = token_loss.compare(one, two, token_loss.Config(max_tokens=16))
     assert '+- unknown' in token_loss.table(one_window)
 
 
@@ -303,4 +327,4 @@ def test_two_models_that_read_other_tokens_are_refused(data_dir):
     one = text_subject(random_model(GPT), data_dir)
     two = Subject(random_model(GPT), make_tokenizer(CHARS[::-1]), str(data_dir), 'b/model')
     with pytest.raises(UserError, match='same tokens'):
-        token_loss.compare([one, two], token_loss.Config())
+        token_loss.compare(one, two, token_loss.Config())
