@@ -31,8 +31,9 @@ from configurator import UserError, check_least, configure, run
 import torch
 
 from analysis import development, induction_circuit, induction_in_text, latent_surgery
-from analysis.program import as_json, load_subject, writing_to
+from analysis.program import as_json, writing_to
 from analysis.record import final_stream, record
+from analysis.subject import load_subject
 from evaluate import text_scores
 from models import cached_numbers
 from runtime.checkpoint import checkpoint_path, read_checkpoint

@@ -9,7 +9,7 @@ NAMES = ('induction_heads', 'induction_circuit', 'attention_patterns', 'logit_le
 def load(source, device='auto', dtype='float32'):
     """The Subject at source: a checkpoint, an out_dir, the directory of a Hugging Face model, or a
     name such as gpt2. Its weights are float32 or float64. Raises UserError."""
-    from analysis.program import load_subject  # which needs torch
+    from analysis.subject import load_subject  # which needs torch
     from runtime.device import pick_float64_device
     return load_subject(source, pick_float64_device(device), dtype=dtype)
 

@@ -41,8 +41,9 @@ from analysis.induction_circuit import attention_back, copy_accuracy
 from analysis.induction_heads import copies_with_lags, shift_scores
 from analysis.latent_directions import users
 from analysis.plots import set_title
-from analysis.program import AnalysisConfig, load_subject, main, settings
+from analysis.program import AnalysisConfig, main, settings
 from analysis.spectrum import effective_rank, of_weights
+from analysis.subject import load_subject
 from runtime.checkpoint import read_checkpoint, run_checkpoints
 from runtime.figures import Figure
 from runtime.progress import progress_bar

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from configurator import UserError
 
+import numpy as np
 import torch
 
 from analysis.plots import token_labels
@@ -28,6 +29,7 @@ from analysis.record import Taps, record
 
 SAME_AS = {'.attn.latent': '.attn.kv_latent', '.attn.scores': '.attn.attn_scores',
            '.attn.out': '.attn_out', '.mlp.out': '.mlp_out'}
+WORDS = ('zero', 'mean', 'resample')
 OVER_PAIRS = ('attn_scores', 'pattern')  # activations of pairs of positions
 LAST = ('ln_final.out', 'logits')  # what comes behind the last block
 
@@ -116,7 +118,7 @@ class Edit:
         """What comes in the place of part, which is value[index]."""
         if callable(self.how):
             return torch.as_tensor(self.how(part.clone())).to(part)
-        if self.how in ('mean', 'resample'):
+        if isinstance(self.how, str) and self.how != 'zero':
             return getattr(self, self.how)(value).expand_as(value)[self.place.index(value)]
         how = torch.as_tensor(0 if isinstance(self.how, str) else self.how).to(part)
         return how.expand(part.shape) if how.dim() == 0 else how
@@ -161,7 +163,9 @@ def read_edits(subject, edit, length):
             wrong = [i for i in asked or () if not -count <= i < count]
             if wrong:
                 raise UserError(f'{what}={wrong[0]} of {place.name} is not there: it has {count}')
-        if isinstance(how, str) and how not in ('zero', 'mean', 'resample'):
+        is_known = how in WORDS if isinstance(how, str) else (
+            callable(how) or isinstance(how, (int, float, torch.Tensor, np.ndarray, np.number)))
+        if not is_known:
             raise UserError(f"edit={how!r} of {place.name} must be a number, a tensor, 'zero', "
                             "'mean', 'resample' or a function")
         found[place] = how
@@ -254,7 +258,7 @@ class Run:
 
     def logit_lens(self, sequence=0):
         """analysis.logit_lens of a sequence: a LogitLens."""
-        from analysis.logit_lens import lens
+        from analysis.logit_lens import lens  # which imports this file
         return lens(self, sequence)
 
     def attribution(self, token, against='', position=-1, sequence=0):

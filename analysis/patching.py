@@ -29,8 +29,9 @@ import torch
 
 from analysis.notebook import OVER_PAIRS, own_name
 from analysis.plots import Panel, draw_panels, symmetric
-from analysis.program import BATCH_TOKENS, AnalysisConfig, main, read_heads
+from analysis.program import AnalysisConfig, main, read_heads
 from analysis.record import Taps, final_stream, record, run_from
+from analysis.subject import BATCH_TOKENS
 from runtime.progress import progress_bar
 
 COMPONENTS = {'resid_pre': 'residual stream before the block', 'attn_out': 'output of attention',

@@ -22,6 +22,7 @@ from configurator import UserError, run
 import visualize_residual_space_gpt2 as residual_space
 from analysis import page, program
 from analysis.page.summary import draw_curves, summary
+from analysis.subject import load_subject, name_pair, text_tokens
 from generate import sample_text
 from models import describe
 from runtime.loading import find_checkpoint, is_hugging_face
@@ -255,14 +256,14 @@ def pair_folder(source, other):
 def load_pair():
     """The Config of the command line, and the two Subjects by their labels. Raises UserError."""
     config, subject = program.read_command(Config)
-    pair = [subject, program.load_subject(config.other, subject.device, key='other')]
+    pair = [subject, load_subject(config.other, subject.device, key='other')]
     if same_model(config.model, config.other):
         raise UserError(f'other={config.other!r} is the same as model={config.model!r}: give '
                         'another')
-    program.name_pair(*pair)
+    name_pair(*pair)
     for subject in pair:
         if config.text:  # report a mistake in it before the work, not after
-            program.text_tokens(subject, config.text)
+            text_tokens(subject, config.text)
     return config, {subject.label: subject for subject in pair}
 
 

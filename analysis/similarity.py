@@ -28,8 +28,9 @@ from scipy.optimize import linear_sum_assignment
 
 from analysis.circuits import centred, head_names, r_factor
 from analysis.plots import Panel, draw_panels
-from analysis.program import AnalysisConfig, load_subject, main, same_tokens
+from analysis.program import AnalysisConfig, main
 from analysis.record import record
+from analysis.subject import load_subject, same_tokens
 from runtime.progress import progress_bar
 
 

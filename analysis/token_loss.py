@@ -22,8 +22,9 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
 from analysis.plots import is_dark, token_labels
-from analysis.program import AnalysisConfig, load_subject, main, name_pair, same_tokens
+from analysis.program import AnalysisConfig, main
 from analysis.record import final_stream, record
+from analysis.subject import load_subject, name_pair, same_tokens
 from evaluate import stream_losses
 from runtime.figures import Figure
 from runtime.progress import progress_bar

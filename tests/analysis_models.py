@@ -3,7 +3,7 @@
 import torch
 from conftest import CHARS, tiny_model
 
-from analysis.program import Subject
+from analysis.subject import Subject
 from model import GPT, GPTConfig
 from runtime.factors import convert
 from runtime.tokenizer import make_tokenizer

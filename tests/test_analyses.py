@@ -28,8 +28,9 @@ from analysis import (
     similarity,
 )
 from analysis.attribution import attribute
-from analysis.program import Subject, read_heads
+from analysis.program import read_heads
 from analysis.record import BlockRecord, Taps, edit_z, final_stream, record, run_from
+from analysis.subject import Subject
 from data.induction.prepare import CHARACTERS, draw_sequences
 from model import GPT
 from model_k_ahead import GPT_KAhead

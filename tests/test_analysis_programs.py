@@ -19,7 +19,8 @@ from conftest import CHARS, save_hugging_face, tiny_model
 from analysis import NAMES, __main__, report
 from analysis import program as program_module
 from analysis.plots import Panel, draw_panels, token_labels
-from analysis.program import as_json, load_subject, main, text_tokens
+from analysis.program import as_json, main
+from analysis.subject import load_subject, text_tokens
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA

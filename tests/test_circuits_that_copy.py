@@ -13,9 +13,9 @@ from analysis_models import copying_model, exact_mla, induction_model, random_mo
 from conftest import tiny_model
 
 from analysis import development, induction_circuit, induction_heads, latent_surgery
-from analysis.program import Subject, load_subject
 from analysis.program import main as analysis_main
 from analysis.record import record, run_block
+from analysis.subject import Subject, load_subject
 from data.induction.prepare import CHARACTERS
 from model import GPT
 from model_mla import GPT_MLA

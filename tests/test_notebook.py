@@ -17,6 +17,7 @@ import model as model_file
 import model_mla
 from analysis import at
 from analysis.record import repeated_tokens
+from analysis.subject import Subject
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA
@@ -296,6 +297,7 @@ def test_texts_ids_and_several(tmp_path):
     ('abc', {at('blocks.0.attn.z', head=2): 0}, ['head=2', 'has 2']),
     ('abc', {at('blocks.0.attn.z', position=3): 0}, ['position=3', 'has 3']),
     ('abc', {'blocks.0.attn.z': 'median'}, ["'median'", "'mean'"]),
+    ('abc', {'blocks.0.attn.z': None}, ['edit=None', 'a function']),
     ('abc', {'blocks.0.attn.z': torch.zeros(2, 2)}, ['(2, 2)', '(1, 2, 3, 8)']),
     ('abc', {'blocks.0.attn.z': lambda z: z[0]}, ['(2, 3, 8)', '(1, 2, 3, 8)']),
 ])
@@ -313,7 +315,7 @@ def test_models_are_loaded_as_they_are_published(tmp_path):
     s = analysis.load(tmp_path / 'hf', device='cpu', dtype='float64')
     text = 'Mary and John'
     assert s.run(text)['blocks.0.attn.z'].dtype == torch.float64
-    wanted = logits(subject_of(copy.deepcopy(model).double(), 'gpt2'), text)
+    wanted = logits(Subject(copy.deepcopy(model).double(), make_tokenizer('gpt2'), '', 'a/model'), text)
     assert torch.allclose(s.run(text).logits, wanted, atol=1e-8)
 
     mla = tiny_model(GPT_MLA)
@@ -322,8 +324,3 @@ def test_models_are_loaded_as_they_are_published(tmp_path):
     assert 'GPT_MLA: 2 layers' in repr(s) and 'blocks.1.attn.kv_latent' in s.names
     idx = repeated_tokens(len(CHARS), 2, 8, seed=0)
     assert torch.allclose(s.run(idx).logits[:, [-1]], mla(idx)[0], atol=1e-5)
-
-
-def subject_of(model, spec):
-    from analysis.program import Subject
-    return Subject(model, make_tokenizer(spec), '', 'a/model')

@@ -12,7 +12,7 @@ from analysis_models import random_model, subject
 from conftest import CHARS
 
 from analysis import page, patching, report, token_loss
-from analysis.program import Subject
+from analysis.subject import Subject
 from model import GPT
 from model_mla import GPT_MLA
 from runtime.checkpoint import save_checkpoint

@@ -12,7 +12,7 @@ from family import EACH, member
 from test_notebook import hook, logits
 
 from analysis import logit_lens, patching, token_loss
-from analysis.program import Subject
+from analysis.subject import Subject
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from model_mla import GPT_MLA

@@ -1,6 +1,7 @@
 """The shape of the code: short files and functions, little nesting, imports that point one way."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_no_statement_is_nested_deeper_than_four_levels():
 def test_no_function_assigns_to_its_surroundings():
     found = offenders(lambda tree: [n for n in ast.walk(tree) if isinstance(n, ast.Nonlocal)])
     assert not found, found
+
+
+def test_an_installation_has_every_module():
+
+    setup = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
+    assert sorted(setup['py-modules']) == sorted(path.stem for path in ROOT.glob('*.py'))
+    packages = {str(path.parent.relative_to(ROOT)).replace('/', '.')
+                for folder in ('analysis', 'runtime') for path in ROOT.glob(f'{folder}/**/*.py')}
+    assert sorted(setup['packages']) == sorted(packages)
 
 
 def test_model_stands_alone():

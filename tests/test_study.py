@@ -24,7 +24,8 @@ import study_check
 import study_findings
 import study_report
 from analysis import ablation, induction_circuit, spectrum, statistics
-from analysis.program import Subject, as_json, load_subject
+from analysis.program import as_json
+from analysis.subject import Subject, load_subject
 from data.induction.prepare import CHARACTERS, InductionConfig, draw_sequences
 from data.induction.prepare import main as prepare_induction
 from evaluate import split_loss, token_losses

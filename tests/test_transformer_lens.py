@@ -9,7 +9,7 @@ from analysis_models import random_model, subject
 from family import member
 
 from analysis import to_transformer_lens
-from analysis.program import Subject
+from analysis.subject import Subject
 from model import GPT
 from model_k_ahead import GPT_KAhead
 from runtime.tokenizer import make_tokenizer

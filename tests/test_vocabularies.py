@@ -16,7 +16,7 @@ import export_huggingface
 import sample
 import train
 from analysis import NAMES
-from analysis.program import load_subject
+from analysis.subject import load_subject
 from model import GPT
 from model_mla import GPT_MLA
 from runtime.dataset import open_data, write_splits
