@@ -315,7 +315,8 @@ def test_models_are_loaded_as_they_are_published(tmp_path):
     s = analysis.load(tmp_path / 'hf', device='cpu', dtype='float64')
     text = 'Mary and John'
     assert s.run(text)['blocks.0.attn.z'].dtype == torch.float64
-    wanted = logits(Subject(copy.deepcopy(model).double(), make_tokenizer('gpt2'), '', 'a/model'), text)
+    double = copy.deepcopy(model).double()
+    wanted = logits(Subject(double, make_tokenizer('gpt2'), '', 'a/model'), text)
     assert torch.allclose(s.run(text).logits, wanted, atol=1e-8)
 
     mla = tiny_model(GPT_MLA)
