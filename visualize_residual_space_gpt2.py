@@ -311,7 +311,7 @@ def draw_trajectories(name, result, labels=True):
                          edgecolor='#666666')
     first, last = layer_title(result.layers[0]), layer_title(result.layers[-1])
     whole.set_title(f'from x ({first}) to the large point ({last})')
-    centre.set_title(f'the framed part: up to {layer_title(result.layers[len(half) - 1])}')
+    centre.set_title(f'the framed part; letters: {layer_title(result.layers[len(half) - 1])}')
     figure.suptitle(f'Residual stream of {name}\n{how(result)}')
     name_copies(whole, result)
     figure.colorbar(image, ax=[whole, centre], label='place in the sequence, from 0', shrink=0.6)

@@ -168,6 +168,8 @@ def read_edits(subject, edit, length):
         if not is_known:
             raise UserError(f"edit={how!r} of {place.name} must be a number, a tensor, 'zero', "
                             "'mean', 'resample' or a function")
+        if place in found:
+            raise UserError(f'{place.name} is edited twice, under two of its names: leave one out')
         found[place] = how
     return found
 

@@ -298,6 +298,7 @@ def test_texts_ids_and_several(tmp_path):
     ('abc', {at('blocks.0.attn.z', position=3): 0}, ['position=3', 'has 3']),
     ('abc', {'blocks.0.attn.z': 'median'}, ["'median'", "'mean'"]),
     ('abc', {'blocks.0.attn.z': None}, ['edit=None', 'a function']),
+    ('abc', {'blocks.0.mlp_out': 0, 'blocks.0.mlp.out': 1}, ['mlp_out is edited twice']),
     ('abc', {'blocks.0.attn.z': torch.zeros(2, 2)}, ['(2, 2)', '(1, 2, 3, 8)']),
     ('abc', {'blocks.0.attn.z': lambda z: z[0]}, ['(2, 3, 8)', '(1, 2, 3, 8)']),
 ])
