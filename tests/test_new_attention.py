@@ -114,7 +114,7 @@ def test_it_is_trained_sampled_and_analysed(mqa, tiny_args, tmp_path, program):
     code, text, err = program(report.main, mha, out, f'--out_dir={pages}')
     assert code == 0, err
     page = (pages / 'report.html').read_text()
-    assert '<b>MQA</b>' in page and '<b>MHA</b>' in page
+    assert '<h3>MQA</h3>' in page and '<h3>MHA</h3>' in page
     found = json.loads((pages / 'induction_heads.json').read_text())
     assert set(found) >= {'MHA', 'MQA'}
 

@@ -196,19 +196,18 @@ def test_past_the_context_slide_is_exact_and_drop_goes_on(name):
 def test_all_that_reads_a_model_reads_the_family(one, two, data_dir, tmp_path, program,
                                                  monkeypatch):
     """Report, residual stream, evaluation and the list of runs."""
-    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda _, path, dpi: path.touch())
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda _, path: path.write_bytes(b''))
     paths = []
     for name, file in ((one, 'a.pt'), (two, 'b.pt')):
         model = member(name, block_size=24)
         paths.append(tmp_path / file)
         save_checkpoint(paths[-1], model, make_tokenizer(CHARS), {'dataset': str(data_dir)}, 1)
-    monkeypatch.setattr(report, 'section', lambda *args: '')  # which reads the pictures
     code, out, err = program(report.main, *paths, f'--out_dir={tmp_path / "report"}')
     assert code == 0, err
-    left_out = [line for line in out.splitlines() if 'left out' in line]
-    without_latent = 'mla' not in one
-    wanted = {'ioi: left out'} | ({'latent_directions: left out'} if without_latent else set())
-    assert {line[:line.index(' out') + 4] for line in left_out} == wanted, left_out
+    line, = [line for line in out.splitlines() if line.startswith('left out: ')]
+    wanted = {'ioi'} | ({'latent_directions'} if 'mla' not in one else set())
+    parts = line.removeprefix('left out: ').split('; ')
+    assert {part.split(' for ')[0] for part in parts} == wanted
     for main, *args in ((evaluate.main, '--max_tokens=200'), (runs.main,),
                         (sample.main, '--num_samples=1', '--max_new_tokens=40', '--device=cpu'),
                         (visualize.main, '--prompt=abcabc', f'--out_dir={tmp_path / "stream"}')):
