@@ -194,7 +194,7 @@ def table(result):
 
 
 def plot(results):
-    figure = Figure(figsize=(5.5 * len(results) + 0.5, 7), layout='constrained')
+    figure = Figure(figsize=(4.5 * len(results) + 0.5, 6), layout='constrained')
     set_title(figure, with_notes('What the latent stores, layer by layer', results))
     axes = figure.subplots(2, len(results), squeeze=False, sharey='row')
     for (top, bottom), (name, result) in zip(axes.T, results.items()):

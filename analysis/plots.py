@@ -76,10 +76,10 @@ def set_title(figure, title):
 
 def draw_panels(title, panels):
     """A Figure of Panels. In each of them the models stand side by side on one colour scale."""
-    n_models = len(panels[0].maps)
+    n_models = max(len(panel.maps) for panel in panels)
     rows = max(len(values) for panel in panels for values in panel.maps.values())
     height = 1.1 + 0.24 * min(max(rows, 4), 12)
-    width = 1.1 + 3.5 * n_models
+    width = 0.9 + 2.7 * n_models
     most = 3 if n_models == 1 else 2 if len(panels) > 3 else 1
     side_by_side = min(len(panels), most)
     n_rows = -(-len(panels) // side_by_side)
@@ -101,7 +101,8 @@ def draw_panel(box, panel):
         image = draw_map(ax, np.asarray(values, dtype=float), panel, low, high)
         if panel.names:
             name_cells(ax, *panel.names[name])
-        ax.set_title(f'{panel.title}\n{name}' if len(panel.maps) > 1 else panel.title, fontsize=9)
+        title = fill(panel.title, 40)
+        ax.set_title(f'{title}\n{name}' if len(panel.maps) > 1 else title, fontsize=9)
     bar = box.colorbar(image, ax=list(axes), label=panel.unit, pad=0.01)
     if panel.chance is not None:
         bar.ax.axhline(panel.chance, color='black', linewidth=1.5)

@@ -266,7 +266,7 @@ def plot(results):
     rows = [('weights', 'QK'), ('weights', 'OV')]
     if all(result.activations for result in results.values()):
         rows += [('activations', 'QK'), ('activations', 'OV')]
-    size = 5.5 * len(results) + 0.5, 2.6 * len(rows) + 0.6
+    size = 4.2 * len(results) + 0.5, 2.3 * len(rows) + 0.6
     figure = Figure(figsize=size, layout='constrained')
     title = 'How much rank is used: singular values, median and range over the heads of a layer'
     set_title(figure, with_notes(title, results))
@@ -282,7 +282,7 @@ def plot(results):
                 what, outliers = WRITTEN[product], ''
             rank = f'mean effective rank {found.effective_rank.mean():.1f}'
             ax.set_title(f'{name}: {what}, {where}\n{rank} of {found.singular_values.shape[-1]}'
-                         f'{outliers}', fontsize=9)
+                         f'{outliers}', fontsize=8)
             draw_spectra(ax, found)
     for ax in axes[-1]:
         ax.set_xlabel('number of the singular value')

@@ -159,7 +159,8 @@ document.body.innerHTML = '<pre id="seen">' + JSON.stringify(seen).replaceAll('<
 @pytest.mark.parametrize('width', [500, 1400])
 def test_hover_click_and_keys_change_the_page(folder, tmp_path, width):
     text = (folder / 'report.html').read_text()
-    catch = '<script>errors = []; onerror = e => { errors.push(String(e)); };</script>'
+    catch = ('<script>errors = []; onerror = e => { errors.push(String(e)); }; '
+             'console.error = onerror;</script>')
     text = text.replace('<style>', catch + '<style>', 1)
     text = text.replace('</body>', f'<script>{SCRIPT}</script></body>')
     (tmp_path / 'touched.html').write_text(text)
