@@ -1,6 +1,5 @@
 """
-What induction heads do in a text: whether they attend to what followed a token when it came before,
-and which predictions become worse without them.
+What induction heads do in a text: do they attend to what followed, and which predictions need them?
 
     python -m analysis.induction_in_text out/ckpt.pt
     python -m analysis.induction_in_text out/ckpt.pt --text=FILE:book.txt

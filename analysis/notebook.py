@@ -2,7 +2,7 @@
 For the person at the notebook: run a model on a text, read any activation by its name, change any,
 and ask what follows.
 
-    from analysis import load
+    from analysis import at, load
     m = load('out_shakespeare_quick/ckpt_mla.pt')
     run = m.run('To be, or not to be')
     run['blocks.1.attn.pattern'], run['blocks.1.attn.latent'], run.logits, run.loss
