@@ -46,7 +46,7 @@ class Config(AnalysisConfig):
     clean: str = ''  # a text or FILE:prompt.txt; '': how the val split of the data begins
     corrupted: str = ''  # another of as many tokens; '': the clean one with a token replaced
     answer: str = ''  # the clean prompt's right token; '': the likeliest after it
-    against: str = ''  # the corrupted prompt's; '': the likeliest after it
+    against: str = ''  # the corrupted prompt's; '': the likeliest after it that is not the answer
     components: str = ''  # which, such as attn.z,mlp_out, or any name of docs/notebook.md; '':
         # resid_pre, attn_out, mlp_out, attn.kv_latent, attn.z and attn.pattern
     receiver: str = ''  # a head such as 2.1, into which paths are patched; '': none
