@@ -8,7 +8,8 @@ It needs a model and a prompt; without one it takes how the val split of the mod
 The logit of the answer less that of another token is a sum over the parts that wrote to the
 residual stream, each through the final norm at its actual scale (Elhage et al. 2021, "A
 Mathematical Framework for Transformer Circuits", section "Logit attribution"). Without another
-token it is less the mean logit of all tokens. The parts add up to the difference.
+token it is less the mean logit of all tokens. The parts add up to the difference. A part of the
+prompt, such as a word for a model that reads letters, is all of its tokens where they stand.
 
 A direct path leaves out what a part does through later ones. A head that feeds another may have
 nothing here and yet be needed: `patching` and `ablation` ask that.
@@ -24,6 +25,7 @@ import torch
 from analysis.plots import Panel, draw_panels, symmetric
 from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import Taps, record
+from sample import encode
 
 # activations that are sums of what parts write, or come after the last of them
 SUMS = ('resid_pre', 'attn.result', 'attn_out', 'resid_mid', 'resid_post', 'ln_final.out',
@@ -33,9 +35,9 @@ SUMS = ('resid_pre', 'attn.result', 'attn_out', 'resid_mid', 'resid_post', 'ln_f
 @dataclass
 class Config(AnalysisConfig):
     prompt: str = ''  # a text or FILE:prompt.txt; '': how the val split of the model's data begins
-    answer: str = ''  # a token; '': the likeliest one
-    against: str = ''  # the token whose logit is subtracted; '': the mean over all tokens
-    position: int = -1  # after which token of the prompt, from 0; -1: the last
+    answer: str = ''  # a token, or a part of the prompt; '': the likeliest token
+    against: str = ''  # as many tokens, whose logits are subtracted; '': the mean over all tokens
+    position: int = -1  # after which token of the prompt the answer is, from 0; -1: the last
     top: int = 8  # heads in the table
     least = dict(top=1)
 
@@ -54,7 +56,7 @@ class Parts:
 @dataclass
 class Attribution:
     tokens: list  # texts of the prompt's tokens
-    position: int
+    places: list  # after which the tokens of the answer are predicted
     answer: str
     against: str  # 'the mean' where there was none
     difference: float  # logit of the answer less the other, nats
@@ -99,32 +101,59 @@ def attribute(model, idx, end, direction, edits=None):
                  read(positions), read(biases) + bias, read(x) + bias)
 
 
+def find_answer(run, token, position, sequence):
+    """The ids of the answer, a text or an id, and after which places they are predicted: after
+    position, or where a text of several tokens comes last in the prompt. Raises UserError."""
+    ids = [token] if isinstance(token, int) else encode(run.subject.tokenizer, 'answer', token)
+    T, n = run.idx.size(1), len(ids)
+    if n == 1:
+        if not -T <= position < T:
+            raise UserError(f'position={position} is not there: the prompt has {T} tokens')
+        return ids, [position % T]
+    row = run.idx[sequence].tolist()
+    starts = [i for i in range(1, T - n + 1) if row[i:i + n] == ids]
+    if not n or not starts:
+        raise UserError(f'answer={token!r} is {n} tokens, which do not stand in the prompt one '
+                        'after another: give a single token, or a part of the prompt')
+    return ids, list(range(starts[-1] - 1, starts[-1] + n - 1))
+
+
 def attribute_run(run, token, against='', position=-1, sequence=0):
-    """The Attribution of a token, a text or an id, at a position of a sequence of a Run. The Run
-    may edit what parts write, and nothing between them. Raises UserError."""
-    subject, T = run.subject, run.idx.size(1)
+    """The Attribution of a token, a text or an id, after a position of a sequence of a Run. A text
+    of several tokens has to stand in the prompt: then it is that of all of them there, summed. The
+    Run may edit what parts write, and nothing between them. Raises UserError."""
+    subject = run.subject
     W_U, n_vocab = subject.model.lm_head.weight.detach(), subject.n_vocab
-    if not -T <= position < T:
-        raise UserError(f'position={position} is not there: the prompt has {T} tokens')
     between = [name for name in run.edits if name.endswith(SUMS)]
     if between:
         raise UserError(f'attribution adds up what parts write, and {between[0]} is edited behind '
                         'them: edit attn.z, mlp_out or what is before')
+    ids, places = find_answer(run, token, position, sequence)
+    others = [against] if isinstance(against, int) else (
+        encode(subject.tokenizer, 'against', against) if against else [])
+    if others and len(others) != len(ids):
+        raise UserError(f'against={against!r} is {len(others)} tokens and answer={token!r} '
+                        f'{len(ids)}: give as many')
+    subtracted = W_U[others] if others else W_U[:n_vocab].mean(0).expand(len(ids), -1)
+    total = 0
+    for place, direction in zip(places, W_U[ids] - subtracted):
+        # of all sequences: edits are those of the whole run
+        end = torch.full((len(run.idx),), place, device=run.idx.device)
+        parts = attribute(subject.model, run.idx, end, direction.expand(len(end), -1), run.edits)
+        numbers = [parts.total, parts.embedding, parts.positions, parts.biases]
+        total = total + torch.cat([torch.stack(numbers)[:, sequence],
+                                   parts.heads[..., sequence].flatten(),
+                                   parts.mlps[:, sequence]])
+    (difference, embedding, positions, biases), heads, mlps = (
+        part.cpu().numpy() for part in total.split((4, parts.heads[..., 0].numel(),
+                                                    len(parts.mlps))))
 
-    def token_id(key, value):
-        return value if isinstance(value, int) else subject.one_token(key, value)
-    answer = token_id('answer', token)
-    direction = W_U[answer] - (W_U[:n_vocab].mean(0) if against == ''
-                               else W_U[token_id('against', against)])
-    end = torch.full((len(run.idx),), position % T, device=run.idx.device)
-    # of all sequences: edits are those of the whole run
-    parts = attribute(subject.model, run.idx, end, direction.expand(len(end), -1), run.edits)
-    name = 'the mean' if against == '' else run.label(token_id('against', against))
+    def text(tokens):
+        return ''.join(map(run.label, tokens))
     return Attribution(
-        run.labels(sequence), position % T, run.label(answer), name,
-        parts.total[sequence].item(), parts.heads[..., sequence].cpu().numpy(),
-        parts.mlps[:, sequence].cpu().numpy(), parts.embedding[sequence].item(),
-        parts.positions[sequence].item(), parts.biases[sequence].item())
+        run.labels(sequence), places, text(ids), text(others) or 'the mean', float(difference),
+        heads.reshape(parts.heads.shape[:2]), mlps, float(embedding), float(positions),
+        float(biases))
 
 
 def analyse(subject, config):
@@ -133,15 +162,16 @@ def analyse(subject, config):
     if not -T <= config.position < T:
         raise UserError(f'position={config.position} is not there: the prompt has {T} tokens')
     likeliest = int(run.logits[0, config.position, :subject.n_vocab].argmax())
-    answer = config.answer or likeliest
-    result = attribute_run(run, answer, config.against, config.position)
+    result = attribute_run(run, config.answer or likeliest, config.against, config.position)
     result.top = config.top
     return result
 
 
 def table(result):
-    lines = [f'logit of {result.answer} less {result.against} after token {result.position}, '
-             f'{result.tokens[result.position]}: {result.difference:+.3f} nats', '']
+    first = result.places[0]
+    summed = f', {len(result.places)} tokens together' if len(result.places) > 1 else ''
+    lines = [f'logit of {result.answer} less {result.against} after token {first}, '
+             f'{result.tokens[first]}{summed}: {result.difference:+.3f} nats', '']
     for layer, head in top_heads(abs(result.heads), result.top):
         lines.append(f'{f"head {layer}.{head}":>12}{result.heads[layer, head]:>+9.3f}')
     for layer, part in enumerate(result.mlps):

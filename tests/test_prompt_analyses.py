@@ -11,7 +11,7 @@ from conftest import CHARS
 from family import EACH, member
 from test_notebook import hook, logits
 
-from analysis import logit_lens, patching, token_loss
+from analysis import attribution, logit_lens, patching, token_loss
 from analysis.subject import Subject
 from model import GPT
 from model_k_ahead import GPT_KAhead
@@ -133,8 +133,25 @@ def test_attribution_of_a_run_with_edits():
         s.run(CLEAN, edit={'blocks.1.resid_mid': 0}).attribution('c')
     with pytest.raises(UserError, match='position=12'):
         s.run(CLEAN).attribution('c', position=12)
-    with pytest.raises(UserError, match="answer='ca' is 2 tokens"):
-        s.run(CLEAN).attribution('ca')
+    with pytest.raises(UserError, match="answer='ee' is 2 tokens, which do not stand"):
+        s.run(CLEAN).attribution('ee')
+    with pytest.raises(UserError, match="against='abc' is 3 tokens and answer='ca' 2"):
+        s.run(CLEAN).attribution('ca', 'abc')
+
+
+@pytest.mark.parametrize('name', ['mha', 'deepseek'])
+def test_attribution_of_a_word_is_that_of_its_letters_where_they_stand(name):
+    s = double(name)
+    run = s.run(CLEAN)  # abcabdab cab
+    word, others = run.attribution('cab', 'bad'), [
+        run.attribution(one, two, place) for one, two, place in
+        (('c', 'b', 8), ('a', 'a', 9), ('b', 'd', 10))]
+    assert word.places == [8, 9, 10] and word.answer == 'cab' and word.against == 'bad'
+    for field in ('difference', 'embedding', 'positions', 'biases', 'heads', 'mlps'):
+        total = sum(getattr(one, field) for one in others)
+        assert getattr(word, field) == pytest.approx(total, abs=1e-9), field
+    assert '3 tokens together' in attribution.table(word)
+    attribution.plot({'one': word})
 
 
 def difference(s, text, answer, against, *contexts):
