@@ -17,7 +17,7 @@ from analysis_models import random_model, subject
 from conftest import CHARS, save_hugging_face, tiny_model
 
 from analysis import NAMES, __main__, report
-from analysis import program as program_module
+from analysis import subject as subject_module
 from analysis.plots import Panel, draw_panels, token_labels
 from analysis.program import as_json, main
 from analysis.subject import load_subject, text_tokens
@@ -308,7 +308,7 @@ def test_text_of_a_model_that_names_none(tmp_path, data_dir, monkeypatch):
         text_tokens(s, '')
     (tmp_path / 'text.txt').write_text('abcabc\nabcabc abc ' * 4)
     assert len(text_tokens(s, f'FILE:{tmp_path / "text.txt"}')[0]) == 4 * 18
-    monkeypatch.setattr(program_module, 'BATCH_TOKENS', 32)
+    monkeypatch.setattr(subject_module, 'BATCH_TOKENS', 32)
     assert [len(batch) for batch in s.windows(f'FILE:{tmp_path / "text.txt"}', 48, 16)] == [2, 1]
     with pytest.raises(UserError, match='200'):
         s.windows(f'FILE:{tmp_path / "text.txt"}', 48, 199)
