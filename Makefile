@@ -53,6 +53,10 @@ assets: .venv/installed data/shakespeare_char/meta.pkl
 	for name in development latent_surgery; do \
 		$(RUN) -m analysis.$$name out_induction/ckpt.pt --out_dir=out_induction/analysis && \
 		cp out_induction/analysis/$$name.png assets/$$name.png || exit 1; done
+	test -f data/shakespeare/meta.json || $(RUN) data/shakespeare/prepare.py
+	test -f out_ioi/ckpt.pt || $(RUN) train.py config/train_shakespeare_char_cpu.py --dataset=shakespeare \
+		--max_iters=200 --lr_decay_iters=200 --eval_interval=200 --eval_iters=4 --out_dir=out_ioi
+	$(RUN) -m analysis.ioi out_ioi/ckpt.pt --out_dir=out_ioi && cp out_ioi/ioi.png assets/ioi.png
 	$(RUN) visualize_residual_space_gpt2.py $(QUICK)/ckpt_mla.pt \
 		--prompt="To be, or not to be, that is the question" --out_dir=out_residual_space
 	cp out_residual_space/residual_trajectories.png assets/mlapca.png
