@@ -12,7 +12,7 @@ out_report/out_shakespeare_quick/ckpt.pt-vs-ckpt_mla.pt.
 import html
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import quote
@@ -20,7 +20,7 @@ from urllib.parse import quote
 from configurator import UserError, run
 
 import visualize_residual_space_gpt2 as residual_space
-from analysis import page, program
+from analysis import page, patching, program
 from analysis.page.summary import draw_curves, summary
 from analysis.subject import load_subject, name_pair, text_tokens
 from generate import sample_text
@@ -98,6 +98,27 @@ class Report:
     left_out: list = field(default_factory=list)  # lines: which part, and why
 
 
+def shared_answers(name, report):
+    """The likeliest tokens of the first model as the settings of both, so that attribution and
+    patching ask two models one question. {} for other analyses, and for models that read other
+    tokens."""
+    first, other = report.subjects.values()
+    if name not in ('attribution', 'patching') or first.tokenizer != other.tokenizer:
+        return {}
+    try:
+        if name == 'patching':
+            pair = patching.read_pair(first, program.settings(patching, report.config, ''))
+            ids = {'answer': pair.answer, 'against': pair.against}
+        else:
+            logits = first.run(first.prompt(report.config.prompt)).logits
+            ids = {'answer': int(logits[0, -1, :first.n_vocab].argmax())}
+        texts = {key: first.tokenizer.decode([i]) for key, i in ids.items()}
+        is_text = all(first.tokenizer.encode(text) == [ids[key]] for key, text in texts.items())
+    except UserError:  # the analysis says it too
+        return {}
+    return texts if is_text else {}
+
+
 def run_part(name, report):
     """The module of one analysis, and its results by the names of the models. What it cannot serve
     is noted in the report."""
@@ -105,10 +126,11 @@ def run_part(name, report):
     jobs = {label: (module.analyse, subject) for label, subject in subjects.items()}
     if name in TOGETHER:
         jobs = {' and '.join(subjects): (module.compare, *subjects.values())}
+    answers = shared_answers(name, report)
     for label, (analyse, *models) in jobs.items():
         try:
             config = program.settings(module, report.config, models[0].source)
-            results[label] = analyse(*models, config)
+            results[label] = analyse(*models, replace(config, **answers))
         except UserError as e:
             report.left_out.append(f'{name} for {label}: {e}')
     return module, results

@@ -61,6 +61,15 @@ def test_the_page_begins_with_a_summary_and_ends_with_what_is_left_out(folder):
     assert 'About &lt;patching&gt;.' in text
 
 
+def test_both_models_are_asked_for_the_same_answers(folder):
+    found = json.loads((folder / 'patching.json').read_text())
+    asked = [(found[name]['answer'], found[name]['against']) for name in ('MHA', 'MLA')]
+    assert asked[0] == asked[1]
+    s = subject(random_model(GPT))
+    own = patching.analyse(s, patching.Config(clean=PROMPT))
+    assert asked[0] == (own.answer, own.against)
+
+
 def test_the_data_of_a_page_cannot_end_its_script():
     text = page.page('<t>', 'body', {'a': '</script><b>'})
     assert '</script><b>' not in text and '<title>&lt;t&gt;' in text
@@ -82,7 +91,10 @@ def test_what_the_page_says_is_what_was_computed(folder):
     shown = data['logit_lens MLA residual stream']
     assert shown['probability'][2][:4] == pytest.approx(lens.stream.probability[2, :4], abs=1e-4)
     assert shown['probability'][2][4] is None and shown['rank'][2][0] == lens.stream.rank[2, 0]
-    made = patching.analyse(s, patching.Config(clean=PROMPT))
+    first = patching.analyse(subject(random_model(GPT)), patching.Config(clean=PROMPT))
+    answers = {key: getattr(first, key).replace('␣', ' ').replace('↵', '\n')
+               for key in ('answer', 'against')}
+    made = patching.analyse(s, patching.Config(clean=PROMPT, **answers))
     maps = {one['title']: one for one in data['patching MLA']['maps']}
     shown = maps['output of a head']
     assert shown['rows'] == ['0.0', '0.1', '1.0', '1.1'] and shown['row'] == 'head'
