@@ -41,9 +41,11 @@ assets: .venv/installed data/shakespeare_char/meta.pkl
 		--models=mha,gqa,mla,mla_decoupled,mha_rotary,gqa_rotary,mla_rotary
 	cp out_family/comparison.png assets/family.png
 	$(RUN) -m analysis.report $(QUICK)/ckpt.pt $(QUICK)/ckpt_mla.pt --prompt="To be, or not to be"
-	for name in attention_patterns logit_lens attribution patching token_loss copying composition subspaces \
+	for name in attention_patterns logit_lens attribution token_loss copying composition subspaces \
 		latent_directions spectrum ablation similarity; do \
 		cp out_report/$(QUICK)/ckpt.pt-vs-ckpt_mla.pt/$$name.png assets/report_$$name.png || exit 1; done
+	$(RUN) -m analysis.patching $(QUICK)/ckpt_mla.pt --clean="I will not be th" --corrupted="I will not be sh" \
+		--out_dir=out_analysis/assets && cp out_analysis/assets/patching.png assets/report_patching.png
 	test -f data/induction/train.bin || $(RUN) data/induction/prepare.py
 	test -f out_induction/ckpt.pt || $(RUN) train.py config/train_induction.py
 	test -f out_induction/ckpt_mla.pt || $(RUN) train_mla.py config/train_induction.py

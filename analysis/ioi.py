@@ -30,7 +30,6 @@ import numpy as np
 import torch
 
 from analysis.attribution import attribute
-from analysis.patching import LEAST_GAP
 from analysis.plots import Panel, draw_panels, field_maps, symmetric
 from analysis.program import AnalysisConfig, main, top_heads
 from analysis.record import edit_head, final_stream, record, run_from
@@ -58,6 +57,7 @@ NAMES = (
     'Benjamin Samuel Gregory Patrick Jack Tyler Aaron Nathan Adam Kyle Carl Arthur Sean Christian '
     'Simon Max Luke Lucy Kelly Maria Sara Victoria Lauren Emily Hannah Martha Alan Roy Louis '
     'Philip Dean Ian Frank Fred Bruce Neil Craig Stephen Martin').split()
+LEAST_GAP = 0.05  # nats: shares of a smaller difference mean nothing
 ROLES = ('IO', 'S1', 'S1+1', 'S2', 'END', 'others')
 
 

@@ -13,7 +13,8 @@ The model runs on the corrupted prompt with one activation, at one position, as 
 prompt (Meng et al. 2022, "Locating and Editing Factual Associations in GPT"; Heimersheim and Nanda
 2024, "How to use and interpret activation patching", who call it denoising). How much of the logit
 difference of the two answers comes back at the last position: 0 none, 1 all. A pattern is patched
-at all positions together.
+at all positions together. Prompts whose differences are nearer than 0.2 nats have nothing to bring
+back: their shares are unknown.
 
 With a receiver, paths are patched (Wang et al. 2023, section 3.1): what an earlier head sends to
 the receiver's queries, keys or values directly or through MLPs, and not through other heads. All
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 
 from analysis.notebook import OVER_PAIRS, own_name
-from analysis.plots import Panel, draw_panels, symmetric
+from analysis.plots import Panel, draw_panels
 from analysis.program import AnalysisConfig, main, read_heads
 from analysis.record import Taps, final_stream, record, run_from
 from analysis.subject import BATCH_TOKENS
@@ -38,7 +39,7 @@ COMPONENTS = {'resid_pre': 'residual stream before the block', 'attn_out': 'outp
               'mlp_out': 'output of the MLP', 'attn.kv_latent': 'latent',
               'attn.z': 'output of a head', 'attn.pattern': 'pattern of a head, all positions'}
 INPUTS = ('q', 'k', 'v')
-LEAST_GAP = 0.05  # nats: shares of a smaller difference mean nothing
+LEAST_GAP = 0.2  # nats: shares of a smaller difference of one pair mean nothing
 
 
 @dataclass
@@ -274,10 +275,7 @@ def table(result):
 
 
 def plot(results):
-    panels = []
-    ends = [symmetric(maps) for result in results.values()
-            for maps in (result.restored, result.paths)]
-    end = max([1.0, *ends])
+    panels, end = [], 1  # the same scale for all models: what is beyond it has its last colour
     # a component that only some of the models have is drawn for those
     components = dict.fromkeys(name for result in results.values() for name in result.restored)
     for component in components:
@@ -301,7 +299,8 @@ def plot(results):
                                 'share restored', -end, end, 'RdBu_r'))
     title = '\n'.join(f'{name}: {result.answer} less {result.against}, {result.corrupted:+.2f} to '
                       f'{result.clean:+.2f} nats' for name, result in results.items())
-    return draw_panels(f'Activation patching: corrupted to clean\n{title}', panels)
+    return draw_panels(f'Activation patching: corrupted to clean. Colours end at -1 and 1\n{title}',
+                       panels)
 
 
 if __name__ == '__main__':
