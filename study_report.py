@@ -28,7 +28,7 @@ def render(finding, out_dir, command):
         parts.append(f'<p{look}>{html.escape(claim)}</p>')
     if finding.figure:
         picture = Path(out_dir) / f"{finding.title.lower().replace(' ', '_')}.png"
-        finding.figure.savefig(picture)
+        finding.figure.savefig(picture, dpi=100)  # the page holds ten of them
         parts.append(page.picture(finding.title, picture, is_wide=True))
     if len(finding.rows) > 1:
         parts.append(page.table(finding.rows))

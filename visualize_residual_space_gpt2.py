@@ -359,8 +359,7 @@ def main():
     if result.basis == 'shared':  # points in different bases cannot be joined
         figures['residual_trajectories'] = draw_trajectories(subject.label, result, config.labels)
     program.save('residual_space', result, figures, config, out_dir)
-    saved = [*(f'{name}.{ending}' for name in figures
-               for ending in dict.fromkeys(['png', config.format])), 'residual_space.json']
+    saved = [*program.picture_files(figures, config.format), 'residual_space.json']
     if config.animation:
         saved.append('residual_space.gif')
         with program.writing_to(out_dir):

@@ -101,14 +101,18 @@ def attribute(model, idx, end, direction, edits=None):
                  read(positions), read(biases) + bias, read(x) + bias)
 
 
+def check_position(position, T):
+    if not -T <= position < T:
+        raise UserError(f'position={position} is not there: the prompt has {T} tokens')
+
+
 def find_answer(run, token, position, sequence):
     """The ids of the answer, a text or an id, and after which places they are predicted: after
     position, or where a text of several tokens comes last in the prompt. Raises UserError."""
     ids = [token] if isinstance(token, int) else encode(run.subject.tokenizer, 'answer', token)
     T, n = run.idx.size(1), len(ids)
     if n == 1:
-        if not -T <= position < T:
-            raise UserError(f'position={position} is not there: the prompt has {T} tokens')
+        check_position(position, T)
         return ids, [position % T]
     row = run.idx[sequence].tolist()
     starts = [i for i in range(1, T - n + 1) if row[i:i + n] == ids]
@@ -158,9 +162,7 @@ def attribute_run(run, token, against='', position=-1, sequence=0):
 
 def analyse(subject, config):
     run = subject.run(subject.prompt(config.prompt))
-    T = run.idx.size(1)
-    if not -T <= config.position < T:
-        raise UserError(f'position={config.position} is not there: the prompt has {T} tokens')
+    check_position(config.position, run.idx.size(1))
     likeliest = int(run.logits[0, config.position, :subject.n_vocab].argmax())
     result = attribute_run(run, config.answer or likeliest, config.against, config.position)
     result.top = config.top

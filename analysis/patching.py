@@ -22,13 +22,14 @@ other heads write what they write in the corrupted prompt.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from configurator import UserError, run
 
 import numpy as np
 import torch
 
-from analysis.notebook import OVER_PAIRS, own_name
+from analysis.notebook import OVER_PAIRS, both, own_name
 from analysis.plots import Panel, draw_panels
 from analysis.program import AnalysisConfig, main, read_heads
 from analysis.record import Taps, final_stream, record, run_from
@@ -79,8 +80,9 @@ class Pair:
         self.subject, self.model = subject, subject.model
         self.clean, self.corrupted = subject.run(clean), subject.run(corrupted)
         self.answer, self.against = answer, against
-        self.entering = [block.before for block in record(self.model, self.corrupted.idx)]
-        self.after = self.difference(final_stream(record(self.model, self.corrupted.idx))).item()
+        blocks = list(record(self.model, self.corrupted.idx))
+        self.entering = [block.before for block in blocks]
+        self.after = self.difference(blocks[-1].after).item()
         self.before = self.difference(final_stream(record(self.model, self.clean.idx))).item()
 
     @torch.no_grad()
@@ -146,7 +148,7 @@ def patch_paths(pair, receiver, read):
         # sequence i has the clean output of head i; all later heads are held
         frozen = {z: hold(value) for z, value in own.items()}
         senders = [(i, slice(None)) for i in range(c.n_head)]
-        frozen[key] = chain(hold(own[key]), patch_each(senders, pair.clean[key]))
+        frozen[key] = partial(both, hold(own[key]), patch_each(senders, pair.clean[key]))
         taps = Taps(frozen, frozenset([name]))
         x = pair.entering[layer].expand(c.n_head, -1, -1)
         for _ in run_from(pair.model, x, layer, taps):
@@ -165,10 +167,6 @@ def patch_paths(pair, receiver, read):
 def hold(value):
     """An edit that holds all sequences at value (1, ...)."""
     return lambda now: value.expand_as(now)
-
-
-def chain(first, second):
-    return lambda value: second(first(value))
 
 
 def replace_one(ids, seed):

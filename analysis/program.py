@@ -79,8 +79,7 @@ def main(name, Config, analyse, table, plot, plot_prompt=None):
     if plot_prompt and (figure := plot_prompt(subject.label, result)):
         figures[f'{name}_prompt'] = figure
     save(name, result, figures, config, out_dir)
-    pictures = ', '.join(f'{picture}.{ending}' for picture in figures
-                         for ending in dict.fromkeys(['png', config.format]))
+    pictures = ', '.join(picture_files(figures, config.format))
     print(f'saved {pictures} and {name}.json in {out_dir}')
 
 
@@ -117,13 +116,18 @@ def save(name, result, figures, config, out_dir):
         (out_dir / f'{name}.json').write_text(text + '\n')
 
 
+def picture_files(figures, format):
+    """The files that figures, a dictionary by name, are saved in: file -> name."""
+    return {f'{name}.{ending}': name for name in figures
+            for ending in dict.fromkeys(['png', format])}
+
+
 def save_figures(figures, out_dir, format='png'):
     """Write the figures, a dictionary by name, as .png and, if that is the format, as .pdf too.
     Raises UserError."""
     with writing_to(out_dir):
-        for name, figure in figures.items():
-            for ending in dict.fromkeys(['png', format]):
-                figure.savefig(out_dir / f'{name}.{ending}')
+        for file, name in picture_files(figures, format).items():
+            figures[name].savefig(out_dir / file)
 
 
 def as_json(value):

@@ -175,12 +175,6 @@ def edit_head(layer, head, change):
     return Taps({f'blocks.{layer}.attn.z': edit})
 
 
-def edit_z(model, edit):
-    """Taps in which the z (B, n_head, T, head_dim) of each layer becomes edit(layer, z)."""
-    return Taps({f'blocks.{layer}.attn.z': partial(edit, layer)
-                 for layer in range(model.config.n_layer)})
-
-
 def final_stream(records):
     """The residual stream (B, T, n_embd) at the end of a run. Nothing else of the run is kept."""
     for block in records:

@@ -21,7 +21,7 @@ from configurator import UserError, run
 
 import visualize_residual_space_gpt2 as residual_space
 from analysis import page, patching, program
-from analysis.page.summary import draw_curves, summary
+from analysis.page.summary import checkpoint_of, draw_curves, summary
 from analysis.subject import load_subject, name_pair, text_tokens
 from generate import sample_text
 from models import describe
@@ -199,9 +199,10 @@ def title_of(report):
 
 def add_summary(report):
     """The title, what is known of the two models, and how they were trained."""
-    report.body += [f'<h1>{html.escape(title_of(report))}</h1>', summary(report.subjects),
-                    NAVIGATION]
-    figure = draw_curves(report.subjects)
+    checkpoints = [checkpoint_of(subject) for subject in report.subjects.values()]
+    report.body += [f'<h1>{html.escape(title_of(report))}</h1>',
+                    summary(report.subjects, checkpoints), NAVIGATION]
+    figure = draw_curves(report.subjects, checkpoints)
     if figure:
         add_figure(report, 'training', 'How they were trained', figure)
 

@@ -1,8 +1,11 @@
 """Models made by hand, whose answers are known, and the same function in other weights."""
 
+from functools import partial
+
 import torch
 from conftest import CHARS, tiny_model
 
+from analysis.record import Taps
 from analysis.subject import Subject
 from model import GPT, GPTConfig
 from runtime.factors import convert
@@ -140,3 +143,9 @@ def same_function(model):
 def exact_mla(model):
     """The GPT_MLA that does the same as a GPT, with a latent as wide as the residual stream."""
     return convert(model, model.config.n_embd)[0]
+
+
+def edit_z(model, edit):
+    """Taps in which the z (B, n_head, T, head_dim) of each layer becomes edit(layer, z)."""
+    return Taps({f'blocks.{layer}.attn.z': partial(edit, layer)
+                 for layer in range(model.config.n_layer)})

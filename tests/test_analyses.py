@@ -10,6 +10,7 @@ import pytest
 import torch
 from analysis_models import (
     copying_model,
+    edit_z,
     exact_mla,
     induction_model,
     random_model,
@@ -29,7 +30,7 @@ from analysis import (
 )
 from analysis.attribution import attribute
 from analysis.program import read_heads
-from analysis.record import BlockRecord, Taps, edit_z, final_stream, record, run_from
+from analysis.record import BlockRecord, Taps, final_stream, record, run_from
 from analysis.subject import Subject
 from data.induction.prepare import CHARACTERS, draw_sequences
 from model import GPT

@@ -3,13 +3,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from analysis_models import random_model
+from analysis_models import edit_z, random_model
 from conftest import ALL, CHARS
 
 from analysis.program import as_json, top_heads
 from analysis.record import (
     edit_head,
-    edit_z,
     final_stream,
     record,
     repeated_tokens,

@@ -43,11 +43,10 @@ def unlike(subjects):
     return [f'{key} is {one[key]!r} and {two[key]!r}' for key in keys if one[key] != two[key]]
 
 
-def summary(subjects):
-    """The HTML of a table of two Subjects, by their labels, and a warning where they were not
-    trained alike."""
+def summary(subjects, checkpoints):
+    """The HTML of a table of two Subjects, by their labels, and of their checkpoints, and a warning
+    where they were not trained alike."""
     both = list(subjects.values())
-    checkpoints = [checkpoint_of(subject) for subject in both]
 
     def known(key, form):
         return [form.format(checkpoint[key]) if key in checkpoint else 'unknown'
@@ -70,13 +69,12 @@ def summary(subjects):
     return table(rows, 'summary') + (warning or '')
 
 
-def draw_curves(subjects):
-    """A Figure of the losses that the checkpoints of Subjects, by their labels, remember; None
-    where none does."""
+def draw_curves(labels, checkpoints):
+    """A Figure of the losses that checkpoints remember; None where none does."""
     figure = Figure(figsize=(9, 4), layout='constrained')
     ax, found = figure.subplots(), 0
-    for number, (label, subject) in enumerate(subjects.items()):
-        rows = list(map(json.loads, checkpoint_of(subject).get('metrics', '').splitlines()))
+    for number, (label, checkpoint) in enumerate(zip(labels, checkpoints)):
+        rows = list(map(json.loads, checkpoint.get('metrics', '').splitlines()))
         for key, style in (('train_loss', ':'), ('val_loss', '-')):
             points = [(row['iter'], row[key]) for row in rows if row.get(key) is not None]
             found += len(points)
